@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: second moments, subspaces and low-rank factors. Imports torch only."""

@@ -1,0 +1,114 @@
+"""Second moments of activations: the one statistic that the methods need."""
+
+# Shape letters in this file: T = kept tokens, D = layer input width, O = layer output width.
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from forgetless.errors import CalibrationError
+
+
+@dataclass(slots=True)
+class SecondMoment:
+    """Running sums of x xᵀ and x over tokens, for one site.
+
+    Sums and counts are kept apart, so that merging depends neither on order nor on
+    batching nor on the number of processes (up to rounding).
+
+    Attributes:
+        sum_DD: Sum of x xᵀ, float32 or wider. Unit: activation².
+        sum_D: Sum of x. Unit: activation.
+        num_tokens: Tokens summed; padding is never counted.
+        num_samples: Rows that these tokens came from.
+    """
+
+    sum_DD: Tensor
+    sum_D: Tensor
+    num_tokens: int = 0
+    num_samples: int = 0
+
+    @classmethod
+    def zeros(
+        cls, width: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> SecondMoment:
+        """Empty sums for a site of `width`; `dtype` is widened to float32 at least."""
+        dtype = torch.promote_types(dtype, torch.float32)
+        return cls(
+            torch.zeros(width, width, dtype=dtype, device=device),
+            torch.zeros(width, dtype=dtype, device=device),
+        )
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.sum_D.shape[0]
+
+    def add_(self, x_TD: Tensor, *, num_samples: int = 0) -> None:
+        """Add tokens (T, D) of any float dtype; T may be 0.
+
+        Products are formed in the dtype of the sums, never in a narrower one.
+
+        Raises:
+            CalibrationError: Wrong shape.
+        """
+        if x_TD.ndim != 2 or x_TD.shape[1] != self.width:
+            raise CalibrationError(
+                f"second moment: expected tokens of shape (T, {self.width}), "
+                f"got {tuple(x_TD.shape)}; flatten (batch, sequence) and drop padding first"
+            )
+        x_TD = x_TD.to(self.sum_DD.dtype)
+        self.sum_DD.addmm_(x_TD.T, x_TD)
+        self.sum_D.add_(x_TD.sum(0))
+        self.num_tokens += x_TD.shape[0]
+        self.num_samples += num_samples
+
+    def merge_(self, other: SecondMoment) -> None:
+        """Add the sums and counts of `other`, which may live on another device.
+
+        Raises:
+            CalibrationError: The widths differ.
+        """
+        if other.width != self.width:
+            raise CalibrationError(
+                f"second moment: expected a moment of width {self.width} to merge, "
+                f"got {other.width}; both must come from the same site"
+            )
+        self.sum_DD.add_(other.sum_DD.to(self.sum_DD))
+        self.sum_D.add_(other.sum_D.to(self.sum_D))
+        self.num_tokens += other.num_tokens
+        self.num_samples += other.num_samples
+
+    def mean_DD(self) -> Tensor:
+        """E[x xᵀ], symmetrised, (D, D); zeros where no token was counted."""
+        mean_DD = self.sum_DD / max(self.num_tokens, 1)
+        return (mean_DD + mean_DD.T) / 2
+
+    def mean_D(self) -> Tensor:
+        """E[x], (D,)."""
+        return self.sum_D / max(self.num_tokens, 1)
+
+
+def output_energy(weight_OD: Tensor, moment_DD: Tensor) -> Tensor:
+    """tr(W M Wᵀ): mean squared norm of W x over the tokens of M, without forming O x O."""
+    return ((weight_OD @ moment_DD) * weight_OD).sum()
+
+
+def augment_bias(
+    weight_OD: Tensor, bias_O: Tensor | None, moment_DD: Tensor, mean_D: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Write h = W x + b as h = W' x' with x' = [x; 1], so that E[h hᵀ] = W' S' W'ᵀ.
+
+    Returns:
+        W' = [W b] and S' = E[x' x'ᵀ]; the arguments as they are where there is no bias.
+
+    Source: E[hhᵀ] = W M Wᵀ + W μ bᵀ + b μᵀ Wᵀ + b bᵀ, expanded.
+    """
+    if bias_O is None:
+        return weight_OD, moment_DD
+    top_DD1 = torch.cat([moment_DD, mean_D[:, None]], dim=1)
+    last_1D1 = torch.cat([mean_D, mean_D.new_ones(1)])[None]
+    return torch.cat([weight_OD, bias_O[:, None]], dim=1), torch.cat([top_DD1, last_1D1], dim=0)

@@ -1,0 +1,137 @@
+"""Subspaces picked by second moments: where preserve data are weak, where train data are strong."""
+
+# Shape letters in this file: D = layer input width, O = layer output width, R = rank, K = min(D, O).
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def _check_rank(rank: int, width: int) -> None:
+    if not 1 <= rank <= width:
+        raise ValueError(f"basis: expected a rank in 1..{width}, got {rank}; lower the rank")
+
+
+def null_basis(moment_DD: Tensor, rank: int) -> Tensor:
+    """Orthonormal basis of the `rank` directions that carry least energy.
+
+    Minimises tr(Uᵀ M U) over Uᵀ U = I. Not unique where the R-th and the (R+1)-th smallest
+    eigenvalues are equal: compare projectors, never vectors.
+
+    Args:
+        moment_DD: E[x xᵀ], symmetric, activation².
+        rank: R, 1 <= R <= D.
+
+    Returns:
+        basis_DR: columns by increasing energy, dtype of `moment_DD`.
+
+    Raises:
+        ValueError: rank outside 1..D.
+
+    Source: LoRA-Null, arXiv:2503.02659, Sec. 3.
+    """
+    _check_rank(rank, moment_DD.shape[0])
+    vectors_DD: Tensor = torch.linalg.eigh(moment_DD).eigenvectors
+    return vectors_DD[:, :rank].contiguous()
+
+
+@dataclass(frozen=True, slots=True)
+class ContrastBasis:
+    """Top-R eigenvectors of W S Wᵀ for a symmetric, possibly indefinite S.
+
+    Attributes:
+        basis_OR: Orthonormal columns by decreasing eigenvalue.
+        eigenvalues_R: Their eigenvalues, the reward of each direction.
+        tolerance: Eigenvalues within ± this are zero to rounding.
+    """
+
+    basis_OR: Tensor
+    eigenvalues_R: Tensor
+    tolerance: float
+
+    @property
+    def num_positive(self) -> int:
+        """How many of the R directions earn a positive reward."""
+        return int((self.eigenvalues_R > self.tolerance).sum())
+
+    @property
+    def num_negative(self) -> int:
+        """How many of the R directions cost more on preserve data than they gain on train data."""
+        return int((self.eigenvalues_R < -self.tolerance).sum())
+
+
+def contrast_basis(weight_OD: Tensor, contrast_DD: Tensor, rank: int) -> ContrastBasis:
+    """Top-R eigenvectors of the output-side matrix W S Wᵀ, from a problem of size min(D, O).
+
+    Where O > D, the literal top-R of the O x O matrix goes on with directions outside range(W)
+    (eigenvalue 0) before negative ones; these are completed deterministically.
+
+    Args:
+        weight_OD: W; append the bias as a column (`augment_bias`) where the layer has one.
+        contrast_DD: S, symmetric.
+        rank: R, 1 <= R <= O.
+
+    Raises:
+        ValueError: rank outside 1..O.
+
+    Source: SC-LoRA, arXiv:2505.23724, Alg. 1; the reduction by W = QR is ours.
+    """
+    num_out, num_in = weight_OD.shape
+    _check_rank(rank, num_out)
+    if num_out <= num_in:
+        small_KK = weight_OD @ contrast_DD @ weight_OD.T
+        q_OK = None
+    else:
+        q_OK, r_KD = torch.linalg.qr(weight_OD)
+        small_KK = r_KD @ contrast_DD @ r_KD.T
+    values_K, vectors_KK = torch.linalg.eigh((small_KK + small_KK.T) / 2)
+    values_K, vectors_KK = values_K.flip(0), vectors_KK.flip(1)
+    tolerance = float(values_K.abs().max()) * small_KK.shape[0] * torch.finfo(values_K.dtype).eps
+    if q_OK is None:
+        return ContrastBasis(vectors_KK[:, :rank].contiguous(), values_K[:rank], tolerance)
+    num_inside = min(int((values_K >= -tolerance).sum()), rank)
+    num_outside = min(rank - num_inside, num_out - num_in)
+    num_negative = rank - num_inside - num_outside
+    inside_OK = q_OK @ vectors_KK[:, : num_inside + num_negative]
+    outside_OR = _complement(q_OK, num_outside)
+    basis_OR = torch.cat([inside_OK[:, :num_inside], outside_OR, inside_OK[:, num_inside:]], dim=1)
+    values_R = torch.cat(
+        [
+            values_K[:num_inside],
+            values_K.new_zeros(num_outside),
+            values_K[num_inside : num_inside + num_negative],
+        ]
+    )
+    return ContrastBasis(basis_OR, values_R, tolerance)
+
+
+def _complement(q_OK: Tensor, count: int) -> Tensor:
+    """`count` orthonormal directions orthogonal to the columns of q, always the same ones."""
+    generator = torch.Generator().manual_seed(0)
+    random_OR = torch.randn(q_OK.shape[0], count, generator=generator, dtype=torch.float64)
+    random_OR = random_OR.to(q_OK)
+    for _ in range(2):  # twice is enough for orthogonality to working precision
+        random_OR = random_OR - q_OK @ (q_OK.T @ random_OR)
+        random_OR = torch.linalg.qr(random_OR).Q
+    return random_OR
+
+
+def leakage(basis_DR: Tensor, moment_DD: Tensor) -> float:
+    """Energy of M inside span(U), relative to what an isotropic subspace would hold.
+
+    (d/r)·tr(Uᵀ M U)/tr(M): 1 for a random subspace, 0 for an exact null space. 0 where U is empty
+    or M is zero.
+
+    Args:
+        basis_DR: U, orthonormal columns; R may be 0.
+        moment_DD: M, activation².
+    """
+    trace = float(moment_DD.diagonal().sum())
+    D, R = basis_DR.shape
+    if R == 0 or trace == 0.0:
+        return 0.0
+    inside = float(((moment_DD @ basis_DR) * basis_DR).sum())
+    return (D / R) * inside / trace
