@@ -1,0 +1,155 @@
+"""What a method is: from a layer's weight and its site's second moments to (A0, B0) and what trains."""
+
+# Shape letters: O = layer output width, D = layer input width, R = rank.
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from forgetless.errors import MethodError
+from forgetless.linalg.moments import SecondMoment
+
+Trains = Literal["plain", "a", "b", "both"]
+Role = Literal["train", "preserve"]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One layer of the base, as the solve sees it: float32 or wider, dequantised, (O, D)."""
+
+    name: str
+    weight_OD: Tensor
+    bias_O: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SiteStatistics:
+    """Second moments of a layer's inputs; None for data that the method did not ask for."""
+
+    train: SecondMoment | None = None
+    preserve: SecondMoment | None = None
+
+    def of(self, role: Role, layer: str) -> SecondMoment:
+        """The moment of one role.
+
+        Raises:
+            MethodError: It was not collected.
+        """
+        moment = self.train if role == "train" else self.preserve
+        if moment is None:
+            raise MethodError(f"{layer}: expected a second moment of {role} data, got none")
+        return moment
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterInit:
+    """Start of one layer's adapter.
+
+    Attributes:
+        a_RD: A0.
+        b_OR: B0; zeros for a method that trains `plain` or `b`.
+        diagnostics: What the method found at this layer, for the record.
+    """
+
+    a_RD: Tensor
+    b_OR: Tensor
+    diagnostics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """A way to start an adapter, and what then trains. Subclasses are frozen dataclasses of options.
+
+    Class attributes tell the rest of the product what it must know: no other module asks for a
+    method by its name.
+
+    Attributes:
+        rank: R.
+        alpha: LoRA's alpha; ΔW is scaled by alpha / rank. None means alpha = rank, scale 1.
+        name: Name on the command line and in recipes.
+        title: One line: what it does.
+        paper: Source, as an arXiv id with the authors' short title.
+        promise: One line: what it keeps, and what it does not.
+        default_learning_rate: Used where the user gives none.
+        learning_rate_source: Where that figure comes from.
+        default_weight_decay: Used where the user gives none.
+        uses_bottom_directions: Whether the weakest directions of a moment matter, so that fewer
+            kept tokens than a site is wide leave them undetermined.
+    """
+
+    rank: int = 32
+    alpha: float | None = None
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str]
+    promise: ClassVar[str]
+    default_weight_decay: ClassVar[float] = 0.0
+    uses_bottom_directions: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Check the options that all methods share."""
+        self._require(self.rank >= 1, f"rank: expected at least 1, got {self.rank}")
+        self._require(
+            self.alpha is None or self.alpha > 0, f"alpha: expected more than 0, got {self.alpha}"
+        )
+
+    def _require(self, condition: bool, message: str) -> None:
+        if not condition:
+            raise MethodError(f"method {self.name}: {message}")
+
+    @property
+    def lora_alpha(self) -> float:
+        """Alpha, or the rank where none was given."""
+        return float(self.rank) if self.alpha is None else self.alpha
+
+    @property
+    @abstractmethod
+    def form(self) -> Trains:
+        """Which form holds the adapter: what trains."""
+
+    @property
+    @abstractmethod
+    def needs(self) -> frozenset[Role]:
+        """Which data must be calibrated on."""
+
+    @property
+    @abstractmethod
+    def default_learning_rate(self) -> float:
+        """Learning rate where the user gives none, for AdamW with a cosine schedule."""
+
+    @property
+    @abstractmethod
+    def learning_rate_source(self) -> str:
+        """Where `default_learning_rate` comes from."""
+
+    @abstractmethod
+    def init(
+        self, layer: LayerWeights, stats: SiteStatistics, generator: torch.Generator
+    ) -> AdapterInit:
+        """A0 and B0 of one layer, in the dtype of its weight.
+
+        Args:
+            layer: Weight and bias of the base.
+            stats: Moments of the roles in `needs`.
+            generator: Seeded for this layer; the only source of randomness.
+        """
+
+    def check_layer(self, layer: str, in_features: int, out_features: int) -> None:
+        """Refuse a layer that is narrower than the rank.
+
+        Raises:
+            MethodError: rank above min(in_features, out_features).
+        """
+        width = min(in_features, out_features)
+        self._require(
+            self.rank <= width,
+            f"rank: expected at most {width}, the smaller width of layer {layer} "
+            f"({out_features} x {in_features}), got {self.rank}; lower the rank or leave the layer "
+            "out of the targets",
+        )

@@ -1,0 +1,103 @@
+"""LoRA-Null: U = the R directions of least preserve energy; B0 A0 = balanced factors of W U Uᵀ.
+
+With A frozen (v2, `trains: b`) ΔW x = (B - B0) A0 x stays near zero on preserve inputs for every B.
+With both trained (v1) it only starts there.
+
+Source: arXiv:2503.02659, Sec. 3. Deviations: activations enter unscaled and weighted per token
+(the authors divide each sample by its signed maximum, in float16); the base keeps its weights and
+the adapter holds the deviation from B0 A0, equal to the paper's residual form in exact arithmetic.
+`start: basis` is the undocumented start of the authors' code: A0 = Uᵀ, B = 0.
+"""
+
+# Shape letters: O = layer output width, D = layer input width, R = rank.
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from forgetless.linalg.lowrank import project_and_balance
+from forgetless.linalg.subspace import leakage, null_basis
+from forgetless.methods.base import (
+    AdapterInit,
+    LayerWeights,
+    Method,
+    Role,
+    SiteStatistics,
+    Trains,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRANull(Method):
+    """LoRA-Null.
+
+    Attributes:
+        trains: `b` (v2, the default) or `both` (v1).
+        start: `balanced` (the paper) or `basis` (A0 = Uᵀ).
+    """
+
+    trains: Literal["b", "both"] = "b"
+    start: Literal["balanced", "basis"] = "balanced"
+
+    name: ClassVar[str] = "lora-null"
+    title: ClassVar[str] = "A starts in the null space of preserve activations"
+    paper: ClassVar[str] = "LoRA-Null, arXiv:2503.02659"
+    promise: ClassVar[str] = (
+        "trains: b keeps every layer's output on inputs like the preserve data, whatever B becomes; "
+        "trains: both only starts there"
+    )
+    uses_bottom_directions: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        Method.__post_init__(self)
+        self._require(
+            self.trains in ("b", "both"), f"trains: expected b or both, got {self.trains!r}"
+        )
+        self._require(
+            self.start in ("balanced", "basis"),
+            f"start: expected balanced or basis, got {self.start!r}",
+        )
+        self._require(
+            not (self.start == "basis" and self.trains == "both"),
+            "start: basis has B0 = 0 and so nothing for `both` to deviate from; use trains: b",
+        )
+
+    @property
+    def form(self) -> Trains:
+        """`b` or `both`."""
+        return self.trains
+
+    @property
+    def needs(self) -> frozenset[Role]:
+        """Preserve data only."""
+        return frozenset({"preserve"})
+
+    @property
+    def default_learning_rate(self) -> float:
+        """1e-3 with A frozen, 2e-4 with both trained."""
+        return 1e-3 if self.trains == "b" else 2e-4
+
+    @property
+    def learning_rate_source(self) -> str:
+        """Source of the default rate."""
+        return (
+            "measured on SmolLM2-135M, rank 32 (docs/results.md); the authors use 2e-5 on 7B models "
+            "at rank 128"
+        )
+
+    def init(
+        self, layer: LayerWeights, stats: SiteStatistics, generator: torch.Generator
+    ) -> AdapterInit:
+        """A0 spans the null space; B0 A0 = W U Uᵀ (`balanced`)."""
+        moment_DD = stats.of("preserve", layer.name).mean_DD().to(layer.weight_OD)
+        basis_DR = null_basis(moment_DD, self.rank)
+        found = {"leakage_calibration": leakage(basis_DR, moment_DD)}
+        if self.start == "basis":
+            zero_OR = layer.weight_OD.new_zeros(layer.weight_OD.shape[0], self.rank)
+            return AdapterInit(basis_DR.T.contiguous(), zero_OR, found)
+        a_RD, b_OR = project_and_balance(layer.weight_OD, basis_DR)
+        return AdapterInit(a_RD, b_OR, found)
