@@ -1,0 +1,163 @@
+"""Which layers of a base model get an adapter, and which are skipped and why."""
+
+# Shape letters: O = layer output width, D = layer input width.
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from forgetless.errors import AdapterError
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One layer of the base that gets an adapter.
+
+    Attributes:
+        name: Path in the base model, as `model.named_modules()` of the untouched base gives it.
+        module: The base layer itself: nn.Linear (or a quantised subclass) or Conv1D.
+        in_features: D.
+        out_features: O.
+    """
+
+    name: str
+    module: nn.Module
+    in_features: int
+    out_features: int
+
+    def weight_OD(self) -> Tensor:
+        """The weight, (O, D), dequantised, float32 or wider; not to be written to."""
+        weight = dequantize_module_weight(self.module).detach()
+        if isinstance(self.module, Conv1D):
+            weight = weight.T
+        return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+    def bias_O(self) -> Tensor | None:
+        """The bias, float32 or wider; None where the layer has none."""
+        bias = self.module.bias
+        if not isinstance(bias, Tensor):
+            return None
+        return bias.detach().to(torch.promote_types(bias.dtype, torch.float32))
+
+
+@dataclass(frozen=True, slots=True)
+class TargetSelection:
+    """Layers that get an adapter, by name, and layers with weights that do not, with the reason."""
+
+    targets: dict[str, Target]
+    skipped: dict[str, str]
+
+
+def base_of(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PEFT model, or the model itself.
+
+    Raises:
+        AdapterError: Neither of the two.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(base, PreTrainedModel):
+        raise AdapterError(
+            f"model: expected a transformers model or a PeftModel, got {type(model).__name__}"
+        )
+    return base
+
+
+def find_targets(model: nn.Module, patterns: Sequence[str] | None = None) -> TargetSelection:
+    """Every linear layer but the output head, or those that `patterns` name.
+
+    Args:
+        model: A transformers model or a PeftModel around one; only base layers are looked at.
+        patterns: Module names or their last parts (`q_proj`, `mlp.down_proj`), as in PEFT's
+            `target_modules`.
+
+    Raises:
+        AdapterError: A pattern that matches no linear layer, or that names the output head.
+    """
+    base = base_of(model)
+    head = base.get_output_embeddings()
+    head = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+    targets: dict[str, Target] = {}
+    skipped: dict[str, str] = {}
+    unmatched = set(patterns or ())
+    for raw_name, module in base.named_modules():
+        name = raw_name.removesuffix(".base_layer")
+        if _inside_adapter(raw_name) or isinstance(module, BaseTunerLayer):
+            continue
+        matched = [p for p in patterns or () if name == p or name.endswith(f".{p}")]
+        widths = _widths(module)
+        if module is head:
+            if matched:
+                raise AdapterError(
+                    f"targets: {matched[0]!r} names the output head {name}; leave it out: TRL's loss "
+                    "and most servers ignore an adapter there"
+                )
+            skipped[name] = "output head"
+        elif widths is None:
+            reason = _reason(module)
+            if reason is not None:
+                skipped[name or type(module).__name__] = reason
+        elif patterns is None or matched:
+            targets[name] = Target(name, module, *widths)
+            unmatched.difference_update(matched)
+    if unmatched:
+        raise AdapterError(
+            f"targets: {sorted(unmatched)[0]!r} matches no linear layer; name modules by their last "
+            f"part, such as {sorted({n.rpartition('.')[2] for n in _linear_names(base)})}"
+        )
+    if not targets:
+        raise AdapterError("targets: the model has no linear layer besides its output head")
+    return TargetSelection(targets, skipped)
+
+
+def _inside_adapter(name: str) -> bool:
+    return any(part.startswith("lora_") for part in name.split("."))
+
+
+def _widths(module: nn.Module) -> tuple[int, int] | None:
+    """(in, out) of a layer that can be a target."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, Conv1D):
+        return int(module.nx), int(module.nf)
+    return None
+
+
+def _linear_names(base: nn.Module) -> list[str]:
+    return [n for n, m in base.named_modules() if _widths(m) is not None and not _inside_adapter(n)]
+
+
+def _reason(module: nn.Module) -> str | None:
+    """Why a module with weight matrices of its own is no target; None where it has none."""
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    own = [p for p in module.parameters(recurse=False) if p.ndim >= 2]
+    if any(p.ndim == 3 for p in own):
+        return f"{type(module).__name__}: fused 3-D weights, not nn.Linear (mixture of experts?)"
+    return f"{type(module).__name__}: not nn.Linear or Conv1D" if own else None
+
+
+def module_suffixes(base: nn.Module, names: Sequence[str]) -> list[str]:
+    """Shortest list of names for PEFT's `target_modules` that selects exactly `names`.
+
+    Servers read the last part of module names; full paths are used only where a last part would
+    select more.
+    """
+    wanted = set(names)
+    by_suffix: dict[str, set[str]] = {}
+    for raw_name, _ in base.named_modules():
+        if raw_name and not _inside_adapter(raw_name):
+            name = raw_name.removesuffix(".base_layer")
+            by_suffix.setdefault(name.rpartition(".")[2], set()).add(name)
+    suffixes = {name.rpartition(".")[2] for name in wanted}
+    if all(by_suffix[suffix] <= wanted for suffix in suffixes):
+        return sorted(suffixes)
+    return sorted(wanted)
