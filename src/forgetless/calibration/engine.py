@@ -1,0 +1,133 @@
+"""Collect second moments: one forward pass of the base over batches, no head, no cache, no gradient."""
+
+# Shape letters in this file: B = rows, T = positions, D = layer input width, N = kept tokens.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from forgetless.calibration.hooks import base_forward, observe_sites
+from forgetless.data.tokens import Batch
+from forgetless.errors import CalibrationError
+from forgetless.linalg.moments import SecondMoment
+from forgetless.models.targets import Target
+
+
+@dataclass(frozen=True, slots=True)
+class SiteMoments:
+    """Second moments of one data role.
+
+    Attributes:
+        moments: By site.
+        site_of: Target name to site. Targets without one saw only a part of the tokens (routed
+            experts) and have no moment.
+    """
+
+    moments: dict[str, SecondMoment]
+    site_of: dict[str, str]
+
+    def of(self, target: str) -> SecondMoment:
+        """Moment of the tensor that feeds a target."""
+        return self.moments[self.site_of[target]]
+
+    @property
+    def num_tokens(self) -> int:
+        """Kept tokens; the same at every site."""
+        return next(iter(self.moments.values())).num_tokens
+
+
+def collect_moments(
+    model: nn.Module,
+    targets: Mapping[str, Target],
+    batches: Iterable[Batch],
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> SiteMoments:
+    """Sum x xᵀ, x, tokens and rows over the kept tokens of `batches`, once per site.
+
+    The result does not depend on batching or on the side of the padding, up to rounding.
+
+    Args:
+        model: The base, or a PeftModel, whose adapters are switched off meanwhile.
+        targets: Layers whose inputs are wanted.
+        batches: Padded batches; `kept_BT` says which tokens count.
+        progress: Called with the number of rows after each batch.
+
+    Raises:
+        CalibrationError: NaN or inf in an input (layer and row are named), no kept token at all,
+            or a layer that is fed only part of the tokens.
+    """
+    collector = _Collector()
+    device = next(model.parameters()).device
+    with (
+        base_forward(model) as decoder,
+        observe_sites(model, targets, collector.observe) as sites,
+    ):
+        for batch in batches:
+            collector.start(batch, device)
+            decoder(**_inputs(batch, device), use_cache=False)
+            sites.forget_tensors()
+            if progress is not None:
+                progress(len(batch.index))
+    if not collector.moments or all(m.num_tokens == 0 for m in collector.moments.values()):
+        raise CalibrationError(
+            "calibration: expected at least one kept token, got none; is the data empty?"
+        )
+    missing = [name for name in targets if name not in sites.site_of]
+    if missing:
+        raise CalibrationError(
+            f"calibration: layer {missing[0]} was never called on {len(missing)} of {len(targets)} "
+            "targets; leave such layers out of the targets"
+        )
+    return SiteMoments(collector.moments, dict(sites.site_of))
+
+
+def _inputs(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    mask_BT = batch.attention_mask_BT.to(device)
+    inputs = {"input_ids": batch.input_ids_BT.to(device), "attention_mask": mask_BT}
+    if not bool(mask_BT[:, 0].all()):  # left padding: positions must count tokens only
+        inputs["position_ids"] = (mask_BT.cumsum(1) - 1).clamp_min(0)
+    return inputs
+
+
+class _Collector:
+    """Adds each site's kept tokens to its moment."""
+
+    def __init__(self) -> None:
+        self.moments: dict[str, SecondMoment] = {}
+        self._kept_N: Tensor
+        self._batch: Batch
+
+    def start(self, batch: Batch, device: torch.device) -> None:
+        """Take the next batch's mask."""
+        self._batch = batch
+        self._kept_N = batch.kept_BT.reshape(-1).nonzero()[:, 0].to(device)
+
+    def observe(self, site: str, x: Tensor) -> None:
+        """Add one site's tokens of the current batch."""
+        flat = x.reshape(-1, x.shape[-1])
+        if flat.shape[0] != self._batch.kept_BT.numel():
+            raise CalibrationError(
+                f"calibration: layer {site} sees {flat.shape[0]} of {self._batch.kept_BT.numel()} "
+                "tokens (a routed expert?); leave it out of the targets"
+            )
+        x_ND = flat.index_select(0, self._kept_N.to(flat.device))
+        if site not in self.moments:
+            self.moments[site] = SecondMoment.zeros(x.shape[-1], dtype=x.dtype, device=x.device)
+        # A NaN or inf anywhere makes its column's sum non-finite: one read of x, no copy.
+        if not bool(x_ND.sum(0, dtype=self.moments[site].sum_D.dtype).isfinite().all()):
+            self._refuse(site, x_ND)
+        self.moments[site].add_(x_ND, num_samples=len(self._batch.index))
+
+    def _refuse(self, site: str, x_ND: Tensor) -> None:
+        bad = int((~x_ND.isfinite()).any(1).nonzero()[0, 0])
+        position = int(self._kept_N[bad])
+        row = self._batch.index[position // self._batch.kept_BT.shape[1]]
+        raise CalibrationError(
+            f"calibration: the input of layer {site} is NaN or inf at row {row} of the data (from 0); "
+            "remove that row, or load the model in float32 or bfloat16"
+        )

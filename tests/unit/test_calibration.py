@@ -1,0 +1,220 @@
+"""Calibration against a naive per-row float64 loop; masks, sites, cache and bad input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from forgetless.adapters.attach import calibrate, check_token_count
+from forgetless.calibration.engine import SiteMoments, collect_moments
+from forgetless.calibration.store import load_moments, moments_key, moments_path, save_moments
+from forgetless.data.rows import Row, RowSet
+from forgetless.data.spec import DataSpec
+from forgetless.data.tokens import TokenRow, make_batches
+from forgetless.errors import AdapterError, ArtefactError, CalibrationError, ForgetlessWarning
+from forgetless.linalg.moments import SecondMoment
+from forgetless.models.targets import find_targets, module_suffixes
+
+
+def token_rows(seed: int = 0) -> list[TokenRow]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [3, 11, 7, 1, 16, 5]
+    return [
+        TokenRow(tuple(torch.randint(4, 300, (n,), generator=generator).tolist()), n // 2)
+        for n in lengths
+    ]
+
+
+def naive_moments(model: nn.Module, rows: list[TokenRow], tokens: str) -> dict[str, torch.Tensor]:
+    """Row by row, no padding, every target hooked on its own, in float64."""
+    sums: dict[str, torch.Tensor] = {}
+    counts: dict[str, int] = {}
+    for row in rows:
+        start = row.prompt_length if tokens == "completion" else 0
+        for name, target in find_targets(model).targets.items():
+
+            def hook(
+                _m: nn.Module, args: tuple[torch.Tensor], name: str = name, start: int = start
+            ) -> None:
+                x = args[0][0, start:].double()
+                sums[name] = sums.get(name, 0) + x.T @ x
+                counts[name] = counts.get(name, 0) + len(x)
+
+            handle = target.module.register_forward_pre_hook(hook)
+            with torch.no_grad():
+                model(input_ids=torch.tensor([row.input_ids]))
+            handle.remove()
+    return {name: total / counts[name] for name, total in sums.items()}
+
+
+@pytest.mark.parametrize("architecture", ["tiny_model", "tiny_gpt2"])
+@pytest.mark.parametrize(
+    ("batch_size", "side", "tokens"),
+    [
+        (1, "right", "all"),
+        (4, "left", "all"),
+        (6, "right", "completion"),
+        (2, "left", "completion"),
+    ],
+)
+def test_moments_equal_a_naive_loop_for_any_batching_and_padding(
+    request: pytest.FixtureRequest, architecture: str, batch_size: int, side: str, tokens: str
+) -> None:
+    model = request.getfixturevalue(architecture).double()
+    rows, targets = token_rows(), find_targets(model).targets
+    batches = make_batches(
+        rows,
+        batch_size=batch_size,
+        pad_token_id=2,
+        tokens=tokens,  # type: ignore[arg-type]
+        padding_side=side,  # type: ignore[arg-type]
+    )
+    found = collect_moments(model, targets, batches)
+    expected = naive_moments(model, rows, tokens)
+    kept = sum(len(r.input_ids) - (r.prompt_length if tokens == "completion" else 0) for r in rows)
+    assert found.num_tokens == kept
+    for name in targets:
+        torch.testing.assert_close(found.of(name).mean_DD(), expected[name], rtol=1e-9, atol=1e-11)
+
+
+def test_layers_fed_by_one_tensor_share_a_site(tiny_model: nn.Module) -> None:
+    targets = find_targets(tiny_model).targets
+    batches = make_batches(token_rows(), batch_size=3, pad_token_id=2)
+    found = collect_moments(tiny_model, targets, batches)
+    attention = "model.layers.1.self_attn"
+    assert {found.site_of[f"{attention}.{p}_proj"] for p in "qkv"} == {f"{attention}.q_proj"}
+    assert found.site_of["model.layers.1.mlp.up_proj"] == "model.layers.1.mlp.gate_proj"
+    assert len(found.moments) == 2 * 4  # per layer: q/k/v, o, gate/up, down
+    assert len(targets) == 2 * 7
+
+
+def test_training_mode_and_gradients_are_restored(tiny_model: nn.Module) -> None:
+    tiny_model.train()
+    batches = make_batches(token_rows(), batch_size=3, pad_token_id=2)
+    collect_moments(tiny_model, find_targets(tiny_model).targets, batches)
+    assert tiny_model.training
+    assert all(p.requires_grad for p in tiny_model.parameters())
+    assert not any(m._forward_pre_hooks for m in tiny_model.modules())
+
+
+def test_nan_activations_name_the_layer_and_the_row(tiny_model: nn.Module) -> None:
+    rows = token_rows()
+    poisoned = rows[4].input_ids[3]
+    with torch.no_grad():
+        tiny_model.get_input_embeddings().weight[poisoned] = float("nan")
+    assert all(poisoned not in r.input_ids for i, r in enumerate(rows) if i != 4)
+    batches = make_batches(rows, batch_size=2, pad_token_id=2)
+    with pytest.raises(CalibrationError, match=r"layer model\.layers\.0\S+ is NaN or inf at row 4"):
+        collect_moments(tiny_model, find_targets(tiny_model).targets, batches)
+
+
+def test_no_kept_token_is_an_error(tiny_model: nn.Module) -> None:
+    with pytest.raises(CalibrationError, match="at least one kept token"):
+        collect_moments(tiny_model, find_targets(tiny_model).targets, [])
+
+
+def test_the_head_and_embeddings_are_skipped_aloud(tiny_model: nn.Module) -> None:
+    skipped = find_targets(tiny_model).skipped
+    assert skipped == {"model.embed_tokens": "embedding", "lm_head": "output head"}
+
+
+def test_patterns_select_and_refuse(tiny_model: nn.Module) -> None:
+    names = list(find_targets(tiny_model, ["q_proj", "layers.0.mlp.down_proj"]).targets)
+    assert names == [
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.0.mlp.down_proj",
+        "model.layers.1.self_attn.q_proj",
+    ]
+    assert module_suffixes(tiny_model, names) == sorted(names)
+    assert module_suffixes(tiny_model, [n for n in names if "q_proj" in n]) == ["q_proj"]
+    with pytest.raises(AdapterError, match="'qproj' matches no linear layer"):
+        find_targets(tiny_model, ["qproj"])
+    with pytest.raises(AdapterError, match="names the output head"):
+        find_targets(tiny_model, ["lm_head"])
+
+
+def stored(tmp_path: Path) -> tuple[SiteMoments, Path, dict[str, str]]:
+    moment = SecondMoment.zeros(4)
+    moment.add_(torch.arange(12.0).reshape(3, 4), num_samples=2)
+    found = SiteMoments({"a.b": moment}, {"a.b": "a.b", "a.c": "a.b"})
+    key = moments_key(
+        model="m", dtype="torch.float32", targets=["a.b", "a.c"], rows=token_rows(), tokens="all"
+    )
+    path = moments_path(tmp_path, key)
+    save_moments(found, path, key)
+    return found, path, key
+
+
+def test_stored_moments_come_back_whole(tmp_path: Path) -> None:
+    found, path, key = stored(tmp_path)
+    again = load_moments(path, key)
+    assert again is not None
+    assert again.site_of == found.site_of
+    assert torch.equal(again.of("a.c").sum_DD, found.of("a.c").sum_DD)
+    assert (again.num_tokens, again.of("a.b").num_samples) == (3, 2)
+    assert load_moments(tmp_path / "none.safetensors", key) is None
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("part", ["model", "dtype", "targets", "rows", "tokens"])
+def test_moments_of_anything_else_are_never_used(tmp_path: Path, part: str) -> None:
+    _, path, key = stored(tmp_path)
+    other = key | {part: "other"}
+    assert moments_path(tmp_path, other) != path
+    with pytest.raises(ArtefactError, match=f"expected {part} other"):
+        load_moments(path, other)
+
+
+def test_the_key_depends_on_prompt_boundaries() -> None:
+    rows = token_rows()
+    moved = [TokenRow(r.input_ids, r.prompt_length + 1) for r in rows]
+    one, two = (
+        moments_key(model="m", dtype="d", targets=[], rows=r, tokens="all") for r in (rows, moved)
+    )
+    assert one != two
+
+
+@pytest.mark.parametrize("size", [0, 5, 100, -1])
+def test_a_truncated_cache_is_refused_with_its_name(tmp_path: Path, size: int) -> None:
+    _, path, key = stored(tmp_path)
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ArtefactError, match=path.name):
+        load_moments(path, key)
+
+
+def test_the_cache_is_used_when_it_matches_and_replaced_when_damaged(
+    tiny_model: nn.Module, tiny_tokenizer: object, tmp_path: Path
+) -> None:
+    targets = find_targets(tiny_model).targets
+    rows = RowSet(DataSpec(examples=["x"]), tuple(Row("", f"apple {i} is red") for i in range(9)))
+
+    def run() -> SiteMoments:
+        return calibrate(tiny_model, tiny_tokenizer, targets, [rows], cache=tmp_path)  # type: ignore[arg-type]
+
+    first = run()
+    (path,) = tmp_path.glob("moments-*.safetensors")
+    stamp = path.stat().st_mtime_ns
+    second = run()
+    assert path.stat().st_mtime_ns == stamp
+    for site, moment in first.moments.items():
+        assert torch.equal(moment.sum_DD, second.moments[site].sum_DD)
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.warns(ForgetlessWarning, match="collecting again"):
+        run()
+    with torch.no_grad():
+        tiny_model.get_input_embeddings().weight.add_(1e-3)
+    run()
+    assert len(list(tmp_path.glob("moments-*.safetensors"))) == 2
+
+
+def test_too_few_tokens_say_how_many_are_missing() -> None:
+    moment = SecondMoment.zeros(10)
+    moment.add_(torch.ones(7, 10))
+    found = SiteMoments({"down": moment}, {"down": "down"})
+    with pytest.raises(CalibrationError, match=r"site down is 10 wide\), got 7, 3 missing"):
+        check_token_count(found, "preserve")
+    with pytest.warns(ForgetlessWarning, match=r"four times the width \(40\)"):
+        check_token_count(found, "preserve", min_tokens=5)
