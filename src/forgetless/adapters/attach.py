@@ -1,0 +1,331 @@
+"""From a base model and data to a PEFT model whose adapter starts exactly at the base."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from forgetless.adapters.forms import FORMS, adapted_layers
+from forgetless.adapters.variant import LIVE_BOTH
+from forgetless.calibration.engine import SiteMoments, collect_moments
+from forgetless.calibration.store import load_moments, moments_key, moments_path, save_moments
+from forgetless.data.loading import load_rows
+from forgetless.data.rows import RowSet
+from forgetless.data.spec import DataInput, parse_data
+from forgetless.data.tokens import TokenRow, make_batches, pad_token_id, tokenize
+from forgetless.errors import (
+    AdapterError,
+    ArtefactError,
+    CalibrationError,
+    ForgetlessWarning,
+    MethodError,
+)
+from forgetless.methods import MethodInput, make_method
+from forgetless.methods.base import LayerWeights, Method, Role, SiteStatistics
+from forgetless.models.fingerprint import model_fingerprint
+from forgetless.models.targets import Target, base_of, find_targets, module_suffixes
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStart:
+    """What the method found at one layer."""
+
+    site: str
+    rank: int
+    diagnostics: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """An adapted model and what was learned on the way.
+
+    Attributes:
+        model: The PEFT model; its base is untouched.
+        method: The method with all its options.
+        starts: By layer.
+        skipped: Layers with weights that got no adapter, with the reason.
+        moments: By role; calibration moments of the base.
+    """
+
+    model: PeftModel
+    method: Method
+    starts: dict[str, LayerStart]
+    skipped: dict[str, str]
+    moments: dict[Role, SiteMoments]
+
+
+def attach(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    method: MethodInput = "lora-null",
+    rank: int | None = None,
+    preserve_data: DataInput | None = None,
+    train_data: DataInput | None = None,
+    targets: Sequence[str] | None = None,
+    batch_size: int = 8,
+    min_tokens: int | None = None,
+    cache: Path | str | None = None,
+    adapter: str = "default",
+    seed: int = 0,
+) -> PeftModel:
+    """Calibrate, initialise and attach an adapter; hand the result to any trainer.
+
+    Args:
+        model: A transformers causal language model, or a PeftModel that gets one more adapter.
+        tokenizer: Its tokenizer.
+        method: A name, or a mapping of a name and options; `forgetless methods` lists them.
+        rank: Shorthand for the method's option; alpha = rank unless the method says otherwise.
+        preserve_data: What must not be forgotten: a data spec, path, hub id, `datasets.Dataset`,
+            list of strings, or "self". Only for methods that need it.
+        train_data: What is to be learned; only for methods that need it.
+        targets: Module names as in PEFT's `target_modules`; every linear layer but the head by default.
+        batch_size: Rows in a calibration forward pass; the result does not depend on it.
+        min_tokens: Fewest preserve tokens to accept, in place of the widest site's width.
+        cache: Folder to keep second moments and `self` samples in; none by default.
+        adapter: Name of the adapter in PEFT.
+        seed: Seed of random starts.
+
+    Returns:
+        A `peft.PeftModel` in the training state of `model`.
+
+    Raises:
+        ForgetlessError: The message says where, what was expected, what came, and what to do.
+    """
+    made = make_method(method, rank)
+    folder = Path(cache) if cache is not None else None
+    given: dict[Role, DataInput | None] = {"train": train_data, "preserve": preserve_data}
+    row_sets: dict[Role, list[RowSet]] = {}
+    for role in sorted(made.needs):
+        value = given[role]
+        if value is None:
+            raise MethodError(f"method {made.name} needs {role} data: pass {role}_data")
+        row_sets[role] = [
+            load_rows(spec, tokenizer, model=model, cache=folder) for spec in parse_data(value)
+        ]
+    return attach_rows(
+        model,
+        tokenizer,
+        method=made,
+        row_sets=row_sets,
+        targets=targets,
+        batch_size=batch_size,
+        min_tokens=min_tokens,
+        cache=folder,
+        adapter=adapter,
+        seed=seed,
+    ).model
+
+
+def attach_rows(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    method: Method,
+    row_sets: Mapping[Role, Sequence[RowSet]],
+    targets: Sequence[str] | None = None,
+    batch_size: int = 8,
+    min_tokens: int | None = None,
+    cache: Path | None = None,
+    adapter: str = "default",
+    seed: int = 0,
+    progress: Callable[[Role, int, int], None] | None = None,
+) -> Attached:
+    """`attach` on rows that are loaded already; tells what it found.
+
+    `progress` is called with the role, the rows done, and all rows.
+    """
+    base = base_of(model)
+    selection = find_targets(model, targets)
+    for target in selection.targets.values():
+        method.check_layer(target.name, target.in_features, target.out_features)
+    moments: dict[Role, SiteMoments] = {}
+    for role in sorted(method.needs):
+        if not row_sets.get(role):
+            raise MethodError(f"method {method.name} needs {role} data, got none: give {role}_data")
+        moments[role] = calibrate(
+            model,
+            tokenizer,
+            selection.targets,
+            row_sets[role],
+            batch_size=batch_size,
+            cache=cache,
+            progress=_for_role(progress, role),
+        )
+    if method.uses_bottom_directions:
+        for role in sorted(method.needs):
+            check_token_count(moments[role], role, min_tokens)
+    peft_model = _add_adapter(model, base, method, selection.targets, adapter)
+    starts = _start_layers(peft_model, method, selection.targets, moments, adapter, seed)
+    return Attached(peft_model, method, starts, selection.skipped, moments)
+
+
+def calibrate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    targets: Mapping[str, Target],
+    row_sets: Sequence[RowSet],
+    *,
+    batch_size: int = 8,
+    cache: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> SiteMoments:
+    """Second moments of the base over all row sets, each token with the same weight; cached."""
+    total, done = sum(len(rows.rows) for rows in row_sets), 0
+    merged: SiteMoments | None = None
+    fingerprint = model_fingerprint(model) if cache is not None else ""
+
+    def advance(rows: int) -> None:
+        nonlocal done
+        done += rows
+        if progress is not None:
+            progress(done, total)
+
+    for rows in row_sets:
+        tokens = tokenize(rows, tokenizer)
+        part = _cached_moments(
+            model, tokenizer, targets, rows, tokens, batch_size, cache, fingerprint, advance
+        )
+        if merged is None:
+            merged = part
+        else:
+            for site, moment in part.moments.items():
+                merged.moments[site].merge_(moment)
+    assert merged is not None  # callers pass at least one row set
+    return merged
+
+
+def _cached_moments(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    targets: Mapping[str, Target],
+    rows: RowSet,
+    tokens: Sequence[TokenRow],
+    batch_size: int,
+    cache: Path | None,
+    fingerprint: str,
+    advance: Callable[[int], None],
+) -> SiteMoments:
+    path, key = None, {}
+    if cache is not None:
+        key = moments_key(
+            model=fingerprint,
+            dtype=str(base_of(model).dtype),
+            targets=list(targets),
+            rows=tokens,
+            tokens=rows.spec.tokens,
+        )
+        path = moments_path(cache, key)
+        try:
+            stored = load_moments(path, key)
+        except ArtefactError as error:
+            warnings.warn(f"{error}; collecting again", ForgetlessWarning, stacklevel=2)
+            stored = None
+        if stored is not None:
+            advance(len(tokens))
+            return stored
+    batches = make_batches(
+        tokens,
+        batch_size=batch_size,
+        pad_token_id=pad_token_id(tokenizer),
+        tokens=rows.spec.tokens,
+    )
+    found = collect_moments(model, targets, batches, progress=advance)
+    if path is not None:
+        save_moments(found, path, key)
+    return found
+
+
+def check_token_count(moments: SiteMoments, role: str, min_tokens: int | None = None) -> None:
+    """Refuse moments whose weakest directions are undetermined.
+
+    Raises:
+        CalibrationError: Fewer kept tokens than the widest site is wide (or than `min_tokens`).
+    """
+    site, width = max(((s, m.width) for s, m in moments.moments.items()), key=lambda x: x[1])
+    needed = width if min_tokens is None else min_tokens
+    if moments.num_tokens < needed:
+        raise CalibrationError(
+            f"calibration: expected at least {needed} {role} tokens (site {site} is {width} wide), "
+            f"got {moments.num_tokens}, {needed - moments.num_tokens} missing; add rows, raise "
+            "max_length, or set min_tokens"
+        )
+    if moments.num_tokens < 4 * width:
+        warnings.warn(
+            f"calibration: {moments.num_tokens} {role} tokens for site {site}, {width} wide: under "
+            f"four times the width ({4 * width}), directions that other {role} data use may look empty",
+            ForgetlessWarning,
+            stacklevel=2,
+        )
+
+
+def _add_adapter(
+    model: nn.Module,
+    base: PreTrainedModel,
+    method: Method,
+    targets: Mapping[str, Target],
+    adapter: str,
+) -> PeftModel:
+    """Let PEFT make its layers; the tensors are overwritten afterwards."""
+    config = LoraConfig(
+        task_type="SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "CAUSAL_LM",
+        r=method.rank,
+        lora_alpha=method.lora_alpha,
+        lora_dropout=0.0,
+        target_modules=module_suffixes(base, list(targets)),
+        init_lora_weights=True,
+        fan_in_fan_out=all(isinstance(t.module, Conv1D) for t in targets.values()),
+    )
+    if isinstance(model, PeftModel):
+        if adapter in model.peft_config:
+            raise AdapterError(f"adapter {adapter!r}: already there; give adapter= another name")
+        model.add_adapter(adapter, config)
+        model.set_adapter(adapter)
+        peft_model = model
+    else:
+        peft_model = get_peft_model(base, config, adapter_name=adapter)
+    if method.form == "both":
+        # A folder saved while training holds deviations that PEFT alone would read as an adapter.
+        peft_model.peft_config[adapter].init_lora_weights = LIVE_BOTH
+    return peft_model
+
+
+def _start_layers(
+    model: PeftModel,
+    method: Method,
+    targets: Mapping[str, Target],
+    moments: Mapping[Role, SiteMoments],
+    adapter: str,
+    seed: int,
+) -> dict[str, LayerStart]:
+    layers = adapted_layers(model, adapter)
+    if set(layers) != set(targets):
+        odd = sorted(set(layers) ^ set(targets))[0]
+        raise AdapterError(f"adapter: PEFT and the target list disagree about layer {odd}")
+    form = FORMS[method.form]
+    starts = {}
+    for position, (name, target) in enumerate(targets.items()):
+        stats = SiteStatistics(**{role: found.of(name) for role, found in moments.items()})
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + position)
+        weights = LayerWeights(name, target.weight_OD(), target.bias_O())
+        init = method.init(weights, stats, generator)
+        form.start(layers[name], adapter, init)
+        site = next((found.site_of[name] for found in moments.values()), name)
+        starts[name] = LayerStart(site, method.rank, dict(init.diagnostics))
+    return starts
+
+
+def _for_role(
+    progress: Callable[[Role, int, int], None] | None, role: Role
+) -> Callable[[int, int], None] | None:
+    if progress is None:
+        return None
+    return lambda done, total: progress(role, done, total)

@@ -1,0 +1,178 @@
+"""The four ways to hold an adapter in a PEFT layer: plain, a, b, both. All start exactly at the base.
+
+| form | PEFT holds | ΔW, without the scale |
+|---|---|---|
+| plain | A = A0, B = 0, both train | B A |
+| b | A = A0 frozen, B = 0 | B A0 |
+| a | B = B0 frozen, A = 0 | B0 A |
+| both | deltas a = b = 0 beside frozen A0, B0 | (B0 + b)(A0 + a) - B0 A0 |
+
+Everything downstream (export, merge, drift, update size) asks a form for its exact factors only.
+"""
+
+# Shape letters in this file: D = layer input width, O = layer output width, R = rank.
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from forgetless.adapters.variant import FIXED_A, FIXED_B, BothVariant
+from forgetless.errors import AdapterError
+from forgetless.linalg.lowrank import concatenated_delta
+from forgetless.methods.base import AdapterInit, Trains
+
+
+class Form(ABC):
+    """How an adapter is held. Stateless: the layer holds the tensors."""
+
+    name: ClassVar[Trains]
+    frozen: ClassVar[tuple[str, ...]]
+
+    def start(self, layer: LoraLayer, adapter: str, init: AdapterInit) -> None:
+        """Put (A0, B0) into a layer made by PEFT, so that ΔW = 0 exactly, and freeze what must be."""
+        with torch.no_grad():
+            self._fill(layer, adapter, init)
+        # The layer's own dict, never the class-level one: PEFT re-applies it in set_adapter and
+        # when disable_adapter() is left.
+        frozen = dict(layer.frozen_peft_weight_names)
+        frozen[adapter] = self.frozen
+        layer.frozen_peft_weight_names = frozen
+        for name in self.frozen:
+            getattr(layer, name)[adapter].requires_grad_(False)
+
+    @abstractmethod
+    def _fill(self, layer: LoraLayer, adapter: str, init: AdapterInit) -> None: ...
+
+    def deviation(self, layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
+        """A and B with ΔW = B A before scaling, in the adapter's dtype; rank R, or 2R for `both`."""
+        return layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach()
+
+
+class _StartsAtA(Form):
+    """A = A0, B = 0."""
+
+    def _fill(self, layer: LoraLayer, adapter: str, init: AdapterInit) -> None:
+        layer.lora_A[adapter].weight.copy_(init.a_RD)
+        layer.lora_B[adapter].weight.zero_()
+
+
+class Plain(_StartsAtA):
+    """Ordinary LoRA."""
+
+    name = "plain"
+    frozen = ()
+
+
+class TrainsB(_StartsAtA):
+    """A0 frozen."""
+
+    name = "b"
+    frozen = ("lora_A",)
+
+
+class TrainsA(Form):
+    """B0 frozen."""
+
+    name = "a"
+    frozen = ("lora_B",)
+
+    def _fill(self, layer: LoraLayer, adapter: str, init: AdapterInit) -> None:
+        layer.lora_A[adapter].weight.zero_()
+        layer.lora_B[adapter].weight.copy_(init.b_OR)
+
+
+class TrainsBoth(Form):
+    """Deviations of A and B train, beside frozen A0 and B0."""
+
+    name = "both"
+    frozen = (FIXED_A, FIXED_B)
+
+    def _fill(self, layer: LoraLayer, adapter: str, init: AdapterInit) -> None:
+        BothVariant.install(layer, adapter)
+        layer.lora_A[adapter].weight.zero_()
+        layer.lora_B[adapter].weight.zero_()
+        getattr(layer, FIXED_A)[adapter].weight.copy_(init.a_RD)
+        getattr(layer, FIXED_B)[adapter].weight.copy_(init.b_OR)
+
+    def deviation(self, layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
+        """A = [a; A0] and B = [B0 + b, b]."""
+        a_RD, b_OR = super().deviation(layer, adapter)
+        fixed_A_RD = getattr(layer, FIXED_A)[adapter].weight.detach()
+        fixed_B_OR = getattr(layer, FIXED_B)[adapter].weight.detach()
+        return concatenated_delta(a_RD, b_OR, fixed_A_RD, fixed_B_OR)
+
+
+FORMS: dict[Trains, Form] = {
+    form.name: form for form in (Plain(), TrainsA(), TrainsB(), TrainsBoth())
+}
+
+
+def adapted_layers(model: nn.Module, adapter: str = "default") -> dict[str, LoraLayer]:
+    """LoRA layers that hold `adapter`, by the name of their base layer; any PEFT LoRA will do.
+
+    Raises:
+        AdapterError: The model has no such adapter, or one that is not LoRA on linear layers.
+    """
+    if not isinstance(model, PeftModel):
+        raise AdapterError(f"model: expected a PeftModel, got {type(model).__name__}; attach first")
+    layers = {
+        name: module
+        for name, module in model.get_base_model().named_modules()
+        if isinstance(module, LoraLayer) and adapter in module.lora_A
+    }
+    if not layers:
+        raise AdapterError(
+            f"adapter {adapter!r}: no LoRA layer holds it; there are {sorted(model.peft_config)}"
+        )
+    for name, layer in layers.items():
+        variant = layer.lora_variant.get(adapter)
+        if variant is not None and not isinstance(variant, BothVariant):
+            raise AdapterError(
+                f"adapter {adapter!r}: layer {name} is a {type(variant).__name__}, not plain LoRA; "
+                "convert it first"
+            )
+    return layers
+
+
+def form_of(model: nn.Module, adapter: str = "default") -> Form:
+    """The form that an adapter is held in; the same in all its layers."""
+    layer = next(iter(adapted_layers(model, adapter).values()))
+    if isinstance(layer.lora_variant.get(adapter), BothVariant):
+        return FORMS["both"]
+    frozen = layer.frozen_peft_weight_names.get(adapter, ())
+    return next(f for f in FORMS.values() if f.name != "both" and f.frozen == tuple(frozen))
+
+
+def factors(layer: LoraLayer, adapter: str = "default") -> tuple[Tensor, Tensor]:
+    """Exact factors of a layer's update, scale folded in: ΔW = B A.
+
+    Returns:
+        A (R, D) and B (O, R), float32 or wider; R is twice the rank for the form `both`.
+    """
+    form = FORMS["both" if isinstance(layer.lora_variant.get(adapter), BothVariant) else "plain"]
+    a_RD, b_OR = form.deviation(layer, adapter)
+    dtype = torch.promote_types(a_RD.dtype, torch.float32)
+    return a_RD.to(dtype), b_OR.to(dtype) * layer.scaling[adapter]
+
+
+def align_adapter_dtype(model: nn.Module, adapter: str = "default") -> None:
+    """Give all tensors of an adapter the dtype of its trainable ones.
+
+    TRL casts only trainable parameters, and only those of quantised models; a frozen side left in
+    another dtype would mix dtypes outside autocast.
+    """
+    for layer in adapted_layers(model, adapter).values():
+        tensors = [
+            getattr(layer, name)[adapter].weight
+            for name in ("lora_A", "lora_B", FIXED_A, FIXED_B)
+            if name in layer.adapter_layer_names and adapter in getattr(layer, name)
+        ]
+        trainable = next((t for t in tensors if t.requires_grad), tensors[0])
+        for tensor in tensors:
+            tensor.data = tensor.data.to(trainable.dtype)

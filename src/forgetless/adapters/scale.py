@@ -1,0 +1,24 @@
+"""ΔW scaled by a factor: the free baseline of every comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from forgetless.adapters.forms import adapted_layers
+
+
+@contextmanager
+def scaled_adapter(model: nn.Module, factor: float, adapter: str = "default") -> Iterator[None]:
+    """Inside the block the adapter's ΔW is multiplied by `factor`; exact, and restored after."""
+    layers = adapted_layers(model, adapter)
+    before = {name: layer.scaling[adapter] for name, layer in layers.items()}
+    try:
+        for name, layer in layers.items():
+            layer.scaling[adapter] = before[name] * factor
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.scaling[adapter] = before[name]
