@@ -1,0 +1,145 @@
+"""The base model's own figures, kept on disk: one small JSON file for each model and set of tokens.
+
+A sweep evaluates many adapters of one base on the same rows; the base's part is the same each time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
+
+from forgetless.atomic import write_atomically
+from forgetless.data.tokens import TokenRow
+from forgetless.errors import ForgetlessWarning
+from forgetless.evaluation.likelihood import RowScores
+
+
+class _Figures(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    schema_version: Literal[1] = 1
+
+    def lengths(self) -> set[int]:
+        """Lengths of the lists: one entry a row."""
+        raise NotImplementedError
+
+
+class _Scores(_Figures):
+    nll_sum: list[FiniteFloat]
+    num_tokens: list[int]
+    greedy_match: list[bool]
+
+    def lengths(self) -> set[int]:
+        return {len(self.nll_sum), len(self.num_tokens), len(self.greedy_match)}
+
+
+class _Texts(_Figures):
+    texts: list[str]
+
+    def lengths(self) -> set[int]:
+        return {len(self.texts)}
+
+
+_Kind = TypeVar("_Kind", bound=_Figures)
+
+
+class BaseCache:
+    """Figures of one base model, in one folder; without one everything is computed each time."""
+
+    def __init__(self, folder: Path | None, context: Sequence[str]) -> None:
+        """Take a folder and what every figure depends on besides the tokens.
+
+        Args:
+            folder: Where the files are; made when needed. None: no cache.
+            context: Model fingerprint, device type and the like.
+        """
+        self._folder = folder
+        self._context = tuple(context)
+
+    def scores(self, rows: Sequence[TokenRow], compute: Callable[[], RowScores]) -> RowScores:
+        """Likelihood figures of `rows`, from the file or from `compute`."""
+        path = self._path("scores", [], [(row.input_ids, row.prompt_length) for row in rows])
+        found = _load(path, _Scores, len(rows))
+        if found is not None:
+            return RowScores(
+                np.array(found.nll_sum, np.float64),
+                np.array(found.num_tokens, np.int64),
+                np.array(found.greedy_match, bool),
+            )
+        scores = compute()
+        _store(
+            path,
+            lambda: _Scores(
+                nll_sum=scores.nll_sum.tolist(),
+                num_tokens=scores.num_tokens.tolist(),
+                greedy_match=scores.greedy_match.tolist(),
+            ),
+        )
+        return scores
+
+    def texts(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        eos_ids: Sequence[int],
+        compute: Callable[[], list[str]],
+    ) -> list[str]:
+        """Greedy generations for `prompts`, from the file or from `compute`."""
+        settings = [str(max_new_tokens), str(list(eos_ids))]
+        path = self._path("texts", settings, [(tuple(p), len(p)) for p in prompts])
+        found = _load(path, _Texts, len(prompts))
+        if found is not None:
+            return found.texts
+        texts = compute()
+        _store(path, lambda: _Texts(texts=texts))
+        return texts
+
+    def _path(
+        self, kind: str, settings: Sequence[str], rows: Sequence[tuple[tuple[int, ...], int]]
+    ) -> Path | None:
+        if self._folder is None:
+            return None
+        state = hashlib.sha256(json.dumps([kind, *self._context, *settings]).encode())
+        for ids, prompt_length in rows:
+            state.update(f"\0{prompt_length} {','.join(map(str, ids))}".encode())
+        return self._folder / f"base-{kind}-{state.hexdigest()[:24]}.json"
+
+
+def _load(path: Path | None, kind: type[_Kind], rows: int) -> _Kind | None:
+    if path is None or not path.exists():
+        return None
+    try:
+        figures = kind.model_validate_json(path.read_bytes())
+    except (ValidationError, OSError) as error:
+        problem = str(error).splitlines()[0]
+    else:
+        if figures.lengths() == {rows}:
+            return figures
+        problem = f"holds {sorted(figures.lengths())} rows, not {rows}"
+    warnings.warn(
+        f"base cache: {path} cannot be used ({problem}); the base's figures are computed again",
+        ForgetlessWarning,
+        stacklevel=4,
+    )
+    return None
+
+
+def _store(path: Path | None, figures: Callable[[], _Figures]) -> None:
+    if path is None:
+        return
+    try:
+        write_atomically(path, figures().model_dump_json())
+    except OSError as error:
+        # The figures are at hand: a full disk must not cost the evaluation.
+        warnings.warn(
+            f"base cache: {path} cannot be written ({error}); "
+            "the next evaluation computes the base again",
+            ForgetlessWarning,
+            stacklevel=4,
+        )

@@ -1,0 +1,248 @@
+"""`evaluate`: what an adapter gained, what it kept, and how far it moved, against the true base."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from forgetless.adapters.load import load_adapter
+from forgetless.adapters.scale import scaled_adapter
+from forgetless.calibration.engine import SiteMoments
+from forgetless.data.loading import load_rows
+from forgetless.data.rows import RowSet
+from forgetless.data.tokens import tokenize
+from forgetless.errors import AdapterError, ForgetlessWarning, RecipeError
+from forgetless.evaluation.base_cache import BaseCache
+from forgetless.evaluation.items import EvaluationItem
+from forgetless.evaluation.likelihood import input_device
+from forgetless.evaluation.measure import LoadedItem, Progress, check_item, measure_item
+from forgetless.evaluation.movement import measure_movement
+from forgetless.evaluation.parse import ItemInput, parse_items
+from forgetless.evaluation.results import EvaluationReport, Movement, Side
+from forgetless.models.fingerprint import model_fingerprint
+from forgetless.models.targets import base_of
+
+MOVEMENT_ROWS = 64  # of each retention item, where no movement data are given
+
+
+def evaluate(
+    model: PeftModel | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    gain: Sequence[ItemInput] = (),
+    retention: Sequence[ItemInput] = (),
+    adapter: Path | str | None = None,
+    movement_data: Sequence[RowSet] | None = None,
+    calibration_moments: SiteMoments | None = None,
+    scale: float = 1.0,
+    samples: int = 3,
+    base_cache: Path | str | None = None,
+    progress: Progress | None = None,
+) -> EvaluationReport:
+    """Measure an adapter against its base on held-out data.
+
+    The base is the same model with the adapter disabled. Training mode and `requires_grad` are as
+    before afterwards; a base that was given with an adapter folder is bare again.
+
+    Args:
+        model: A PeftModel with one active adapter, whoever trained it; or a base with `adapter`.
+        tokenizer: Its tokenizer.
+        gain: Held-out data of the task that was trained: evaluation items, their keys as mappings,
+            or anything that names data (a path, a hub id, a Dataset, a list of strings).
+        retention: Held-out data of what must not be forgotten, likewise.
+        adapter: A folder with an adapter, where `model` is the bare base.
+        movement_data: Held-out preserve rows for update size, drift and leakage. None: the first 64
+            rows of each retention item. Empty: no movement.
+        calibration_moments: Moments that the adapter was calibrated with.
+        scale: Factor on ΔW: the same adapter turned down.
+        samples: How many generations of base and tuned model to show for each item with prompts.
+        base_cache: Folder for the base's own figures, which are the same for every adapter.
+        progress: Called with stage, rows done and rows in all.
+
+    Returns:
+        Every metric of base and tuned model, its paired change, 95 % bootstrap intervals, and
+        movement.
+
+    Raises:
+        ForgetlessError: The message says where, what was expected, what came, and what to do.
+    """
+    started = time.perf_counter()
+    items = parse_items(gain, retention)
+    if not items and not movement_data:
+        raise RecipeError(
+            "evaluation: expected at least one gain or retention item, got none; "
+            "pass gain=[...] or retention=[...]"
+        )
+    with ExitStack() as stack:
+        stack.enter_context(_left_as_found(model))
+        tuned = stack.enter_context(_with_adapter(model, adapter))
+        name = _active_adapter(tuned)
+        if scale != 1.0:
+            stack.enter_context(scaled_adapter(tuned, scale, name))
+        stack.enter_context(torch.no_grad())
+        tuned.eval()
+        folder = Path(base_cache) if base_cache is not None else None
+        loaded = _load(items, tuned, tokenizer, folder)
+        _warn_of_rounding(tuned, loaded)
+        cache = BaseCache(folder, _context(tuned) if folder is not None else ())
+        results = tuple(
+            measure_item(tuned, tokenizer, one, samples=samples, cache=cache, progress=progress)
+            for one in loaded
+        )
+        movement = _movement(
+            tuned, tokenizer, name, loaded, movement_data, calibration_moments, progress
+        )
+    return EvaluationReport(
+        items=results, movement=movement, scale=scale, seconds=time.perf_counter() - started
+    )
+
+
+@contextmanager
+def _left_as_found(model: nn.Module) -> Iterator[None]:
+    """Restore training mode of every module and requires_grad of every parameter.
+
+    Leaving `disable_adapter()` makes all weights of the active adapter trainable.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def _with_adapter(
+    model: PeftModel | PreTrainedModel, adapter: Path | str | None
+) -> Iterator[PeftModel]:
+    """The PeftModel to measure; one opened from a folder is taken off its base afterwards."""
+    if adapter is None:
+        if not isinstance(model, PeftModel):
+            raise AdapterError(
+                f"evaluation: expected a PeftModel, got {type(model).__name__}; "
+                "pass adapter=FOLDER with a bare base model"
+            )
+        yield model
+        return
+    if isinstance(model, PeftModel):
+        raise AdapterError(
+            f"evaluation: expected a bare base model with adapter={str(adapter)!r}, got a "
+            "PeftModel; pass one of the two"
+        )
+    opened = load_adapter(model, adapter)
+    try:
+        yield opened
+    finally:
+        opened.unload()
+
+
+def _active_adapter(model: PeftModel) -> str:
+    """Name of the one adapter that is on.
+
+    Raises:
+        AdapterError: Several adapters, none, a merged one, or one that is no weight of the model.
+    """
+    active = list(model.active_adapters)
+    if len(active) != 1:
+        raise AdapterError(
+            f"evaluation: expected one active adapter, got {active}; choose one with set_adapter"
+        )
+    if model.peft_config[active[0]].is_prompt_learning:
+        raise AdapterError(
+            "evaluation: expected an adapter of weights, got "
+            f"{model.peft_config[active[0]].peft_type.value}, which adds positions to the prompt; "
+            "only adapters such as LoRA can be measured"
+        )
+    for name, layer in model.named_modules():
+        if isinstance(layer, BaseTunerLayer) and (layer.merged or layer.disable_adapters):
+            state = "merged into the base" if layer.merged else "disabled"
+            remedy = "unmerge_adapter()" if layer.merged else "enable_adapter_layers()"
+            raise AdapterError(
+                f"evaluation: expected adapter {active[0]!r} beside the base, got it {state} at "
+                f"layer {name}; call model.{remedy} first"
+            )
+    return str(active[0])
+
+
+def _load(
+    items: Sequence[tuple[Side, EvaluationItem]],
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path | None,
+) -> list[LoadedItem]:
+    """Rows and tokens of every item, checked before the first forward pass."""
+    loaded = []
+    for side, item in items:
+        rows = load_rows(item, tokenizer, model=model, cache=folder)
+        # What was trained ends with the end-of-text token; what must be kept is text as it stands.
+        tokens = tokenize(rows, tokenizer, append_eos=side == "gain")
+        one = LoadedItem(side, item, rows, tokens)
+        check_item(one)
+        loaded.append(one)
+    return loaded
+
+
+def _warn_of_rounding(model: PeftModel, loaded: Sequence[LoadedItem]) -> None:
+    """Small values of KL drown in the rounding of half-precision activations.
+
+    An update whose KL is 3e-5 in float32 shows 3e-3 in bfloat16 (SmolLM2-135M, NQ-open).
+    """
+    dtype = base_of(model).dtype
+    if dtype.itemsize < 4 and any("kl" in one.item.metrics for one in loaded):
+        warnings.warn(
+            f"evaluation: the base computes in {str(dtype).removeprefix('torch.')}; KL below about "
+            "0.005 nats a token is rounding: load the model in float32 to compare small values",
+            ForgetlessWarning,
+            stacklevel=3,
+        )
+
+
+def _context(model: PeftModel) -> tuple[str, ...]:
+    """What the base's figures depend on, besides the tokens."""
+    return (model_fingerprint(model), input_device(base_of(model)).type)
+
+
+def _movement(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    adapter: str,
+    loaded: Sequence[LoadedItem],
+    row_sets: Sequence[RowSet] | None,
+    moments: SiteMoments | None,
+    progress: Progress | None,
+) -> Movement | None:
+    chosen = row_sets
+    if chosen is None:
+        kept = [one.rows for one in loaded if one.side == "retention"]
+        chosen = [RowSet(rows.spec, rows.rows[:MOVEMENT_ROWS]) for rows in kept]
+    if not chosen:
+        return None
+    total, done = sum(len(rows.rows) for rows in chosen), 0
+
+    def watch(rows: int) -> None:
+        nonlocal done
+        done += rows
+        if progress is not None:
+            progress("movement", done, total)
+
+    try:
+        return measure_movement(
+            model, tokenizer, chosen, adapter=adapter, calibration_moments=moments, progress=watch
+        )
+    except AdapterError as error:
+        if row_sets is not None:
+            raise
+        warnings.warn(f"movement is not measured: {error}", ForgetlessWarning, stacklevel=3)
+        return None

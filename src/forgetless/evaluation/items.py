@@ -1,0 +1,48 @@
+"""Evaluation items: a data spec plus a name, metrics to compute on it, and a generation limit."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from forgetless.data.spec import DataSpec
+
+Metric = Literal[
+    "nll",  # mean negative log-likelihood per scored token, nats
+    "kl",  # mean KL(base‖tuned) per token, nats
+    "greedy_match",  # would greedy decoding give the completion, token for token (teacher forced)
+    "exact_match",  # generated text equals an accepted answer after normalisation (SQuAD rules)
+    "f1",  # token overlap with the best accepted answer
+    "last_number",  # last number of the generated text equals that of the reference
+    "choice",  # first choice letter or word of the generated text equals the reference
+    "contains",  # an accepted answer stands in the generated text, normalised, as whole words
+    "refusal",  # the generated text refuses, by the usual phrases
+    "instruction",  # the generated text keeps the checkable constraints of its prompt
+]
+GENERATED: frozenset[str] = frozenset(
+    {"exact_match", "f1", "last_number", "choice", "contains", "refusal", "instruction"}
+)
+
+
+class EvaluationItem(DataSpec):
+    """What to measure on one held-out set.
+
+    Attributes:
+        name: Name in the record and the report.
+        metrics: Which metrics; `nll` alone by default, `nll` and `kl` for retention in a recipe.
+        max_new_tokens: Generation limit of the metrics that generate.
+        batch_size: Rows a forward pass.
+    """
+
+    name: str
+    metrics: tuple[Metric, ...] = ("nll",)
+    max_new_tokens: int = Field(default=32, ge=1)
+    batch_size: int = Field(default=16, ge=1)
+
+    @field_validator("metrics")
+    @classmethod
+    def _some(cls, metrics: tuple[Metric, ...]) -> tuple[Metric, ...]:
+        if not metrics:
+            raise ValueError("expected at least one metric")
+        return tuple(dict.fromkeys(metrics))
