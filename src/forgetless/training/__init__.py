@@ -1,0 +1,1 @@
+"""Training an attached adapter with TRL's SFTTrainer, resumable after a kill."""

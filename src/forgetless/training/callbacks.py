@@ -1,0 +1,114 @@
+"""What is watched while the trainer runs: that every layer learns, finite numbers, progress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from forgetless.errors import TrainingError
+from forgetless.training.checkpoint import RunIdentity, write_marker
+
+
+class CheckGradients(TrainerCallback):
+    """Refuse a run in which an adapted layer learns nothing, or in which a gradient is not finite.
+
+    A layer whose forward never calls its adapter (a quantised layer without support for it) would
+    train nothing, silently.
+    """
+
+    # Exact zeros can be right once: a layer's queries, where every row is two tokens long.
+    _PATIENCE = 3
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        """Watch these adapted layers, by name."""
+        self._trainable = {
+            name: [p for p in layer.parameters() if p.requires_grad]
+            for name, layer in layers.items()
+        }
+        self._silent = dict(self._trainable)
+        self._steps = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """A layer without any trainable tensor is refused before the first step."""
+        for name, parameters in self._trainable.items():
+            if not parameters:
+                raise TrainingError(f"layer {name}: trains nothing, it has no trainable tensor")
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Look at the gradients that the optimiser is about to use."""
+        gradients = [p.grad for ps in self._trainable.values() for p in ps if p.grad is not None]
+        if gradients and not torch.nn.utils.get_total_norm(gradients).isfinite():
+            raise TrainingError(
+                f"step {state.global_step + 1}: expected finite gradients, got NaN or inf; lower "
+                "training.learning_rate or look at the train rows of this step"
+            )
+        if not self._silent:
+            return
+        self._steps += 1
+        for name, parameters in list(self._silent.items()):
+            if any(p.grad is not None and bool(p.grad.any()) for p in parameters):
+                del self._silent[name]
+        if self._silent and self._steps >= min(self._PATIENCE, state.max_steps):
+            raise TrainingError(
+                f"layer {next(iter(self._silent))}: trains nothing, its gradient is zero "
+                f"({len(self._silent)} of {len(self._trainable)} adapted layers); its type may not "
+                "support this form: use a method that trains `a` or `b`, or leave it out of targets"
+            )
+
+
+class MarkCheckpoints(TrainerCallback):
+    """Declare each checkpoint complete once the trainer has written all of it."""
+
+    def __init__(self, folder: Path, identity: RunIdentity, resumed_from: tuple[int, ...]) -> None:
+        """Mark checkpoints in `folder` as those of this run."""
+        self._folder = folder
+        self._identity = identity
+        self._resumed_from = resumed_from
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Log where a checkpoint is taken: the running mean of the loss is not part of it."""
+        if control.should_save:
+            control.should_log = True
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Write the marker, last of all."""
+        if state.is_world_process_zero:
+            write_marker(
+                self._folder / f"checkpoint-{state.global_step}",
+                self._identity,
+                step=state.global_step,
+                resumed_from=self._resumed_from,
+            )
+
+
+class ReportSteps(TrainerCallback):
+    """Tell how far training is: `advance(steps done, steps in all)`."""
+
+    def __init__(self, advance: Callable[[int, int], None]) -> None:
+        """Call `advance` at the start, where a resumed run stands, and after each step."""
+        self._advance = advance
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Show where a resumed run stands."""
+        self._advance(state.global_step, state.max_steps)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Show one more step."""
+        self._advance(state.global_step, state.max_steps)

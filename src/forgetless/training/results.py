@@ -1,0 +1,37 @@
+"""What training returns: plain values that go into the record as they stand."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class LogPoint(_Part):
+    """One logged training step; `loss` is the mean since the point before."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float | None = None
+
+
+class TrainingFacts(_Part):
+    """How training went. `validation_nll` is on rows held out of training, where there are any.
+
+    Attributes:
+        tokens: Tokens read, prompt and completion, padding not counted, over all epochs.
+        resumed_from: Steps at which a killed run was taken up again, as far as checkpoints know.
+    """
+
+    learning_rate: float
+    learning_rate_source: str
+    steps: int
+    epochs: float
+    tokens: int
+    trainable_parameters: int
+    resumed_from: list[int]
+    curve: list[LogPoint]
+    validation_nll: float | None = None

@@ -1,0 +1,252 @@
+"""Train an attached adapter on tokenised rows, with TRL's SFTTrainer.
+
+The loss is the mean negative log-likelihood over the completion tokens of all rows of an optimiser
+step, however they are split into forward passes. The base model and its forward are left as they
+were found; a run that was killed goes on from its last complete checkpoint and ends with the same
+weights as one that was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
+from trl import SFTConfig
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from forgetless.adapters.forms import adapted_layers, align_adapter_dtype
+from forgetless.data.tokens import TokenRow, pad_token_id
+from forgetless.errors import ArtefactError, TrainingError
+from forgetless.evaluation.likelihood import score_rows
+from forgetless.models.load import has_fast_bf16
+from forgetless.training.callbacks import CheckGradients, MarkCheckpoints
+from forgetless.training.checkpoint import (
+    Marker,
+    identity_of,
+    latest_checkpoint,
+    load_finished,
+    read_marker,
+    refuse_other_run,
+    remove_incomplete,
+)
+from forgetless.training.loss import IGNORED
+from forgetless.training.options import TrainingOptions
+from forgetless.training.quiet import libraries_quiet
+from forgetless.training.restore import left_as_found
+from forgetless.training.results import LogPoint, TrainingFacts
+from forgetless.training.trainer import AdapterTrainer
+
+_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+def train(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train_rows: Sequence[TokenRow],
+    *,
+    options: TrainingOptions,
+    output: Path,
+    seed: int,
+    validation_rows: Sequence[TokenRow] = (),
+    callbacks: Iterable[TrainerCallback] = (),
+) -> TrainingFacts:
+    """Train the active adapter; goes on from the last complete checkpoint in `output`.
+
+    Args:
+        model: An attached model with one active adapter, as it is at step 0.
+        tokenizer: For the padding token; it is not changed.
+        train_rows: Tokenised rows; those without a completion token teach nothing and are left out.
+        options: How to train.
+        output: Folder of the checkpoints, of this run only.
+        seed: Seeds the order of the rows.
+        validation_rows: Rows to score with the trained model; never trained on.
+        callbacks: Further callbacks of transformers, such as `ReportSteps`.
+
+    Raises:
+        TrainingError: Nothing to train on, a layer that trains nothing, a loss that is not finite.
+        ArtefactError: `output` holds a checkpoint of another run, or cannot be written.
+    """
+    adapter = _active_adapter(model)
+    refuse_data_parallel()
+    rows = learnable(train_rows)
+    identity = identity_of(model, adapter, data=_fingerprint(rows), options=options, seed=seed)
+    remove_incomplete(output)
+    resumed = latest_checkpoint(output)
+    resumed_from: tuple[int, ...] = ()
+    if resumed is not None:
+        marker = _complete(resumed)
+        refuse_other_run(resumed, marker, identity)
+        resumed_from = (*marker.resumed_from, marker.step)
+    if resumed is not None and resumed_from[-1] >= options.num_steps(len(rows)):
+        # The trainer would take one more step where the run ended within an epoch.
+        state = load_finished(model, adapter, resumed)
+    else:
+        watchers = [
+            CheckGradients(adapted_layers(model, adapter)),
+            MarkCheckpoints(output, identity, resumed_from),
+        ]
+        with left_as_found(model), libraries_quiet():
+            trainer = AdapterTrainer(
+                model,
+                adapter=adapter,
+                args=_arguments(model, options, output, seed=seed, num_rows=len(rows)),
+                train_dataset=_dataset(rows),
+                data_collator=DataCollatorForLanguageModeling(pad_token_id(tokenizer)),
+                processing_class=tokenizer,
+                callbacks=[*watchers, *callbacks],
+            )
+            # TRL casts the trainable tensors of quantised models, and only those.
+            align_adapter_dtype(model, adapter)
+            trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+            state = trainer.state
+    return TrainingFacts(
+        learning_rate=options.learning_rate,
+        learning_rate_source=options.learning_rate_source,
+        steps=state.global_step,
+        epochs=state.epoch,
+        tokens=state.num_input_tokens_seen,
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        resumed_from=list(resumed_from),
+        curve=_curve(state),
+        validation_nll=mean_nll(model, tokenizer, validation_rows) if validation_rows else None,
+    )
+
+
+def learnable(rows: Sequence[TokenRow]) -> list[TokenRow]:
+    """Rows that have a token to learn: one of the completion, with a token before it.
+
+    Raises:
+        TrainingError: There are none.
+    """
+    found = [row for row in rows if len(row.input_ids) > max(row.prompt_length, 1)]
+    if not found:
+        raise TrainingError(
+            f"train data: expected rows with a completion to learn, got none in {len(rows)} rows; "
+            "give rows, or raise max_length where they are truncated"
+        )
+    return found
+
+
+def mean_nll(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[TokenRow]
+) -> float:
+    """Mean negative log-likelihood per completion token, nats, in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    try:
+        scores = score_rows(model, tokenizer, rows)
+    finally:
+        model.train(was_training)
+    return float(scores.nll_sum.sum() / scores.num_tokens.sum())
+
+
+def refuse_data_parallel() -> None:
+    """Refuse several visible GPUs in one process: TRL does not work with nn.DataParallel.
+
+    Raises:
+        TrainingError: More than one GPU, and no distributed launcher.
+    """
+    if torch.cuda.device_count() > 1 and not torch.distributed.is_torchelastic_launched():
+        raise TrainingError(
+            f"training: expected one visible GPU, got {torch.cuda.device_count()}; set "
+            "CUDA_VISIBLE_DEVICES=0"
+        )
+
+
+def _active_adapter(model: PeftModel) -> str:
+    adapters = list(model.active_adapters)
+    if len(adapters) != 1:
+        raise TrainingError(
+            f"training: expected one active adapter, got {', '.join(adapters) or 'none'}; call "
+            "model.set_adapter(name)"
+        )
+    return str(adapters[0])
+
+
+def _dataset(rows: Sequence[TokenRow]) -> Dataset:
+    """Columns that TRL takes as they stand: no templating, no truncation, no EOS of its own."""
+    # The first token has nothing before it, and would count as one of the tokens to average over.
+    masked = [max(row.prompt_length, 1) for row in rows]
+    return Dataset.from_dict(
+        {
+            "input_ids": [list(row.input_ids) for row in rows],
+            "labels": [
+                [IGNORED] * first + list(row.input_ids[first:])
+                for row, first in zip(rows, masked, strict=True)
+            ],
+        }
+    )
+
+
+def _arguments(
+    model: PeftModel, options: TrainingOptions, output: Path, *, seed: int, num_rows: int
+) -> SFTConfig:
+    device = model.get_base_model().device
+    return SFTConfig(
+        output_dir=str(output),
+        max_steps=options.num_steps(num_rows),
+        per_device_train_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation,
+        # The old name and the new one: TRL turns the old one on by default.
+        gradient_checkpointing=options.gradient_checkpointing,
+        activation_checkpointing=options.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        optim="adamw_torch",
+        learning_rate=options.learning_rate,
+        lr_scheduler_type=_SCHEDULES[options.scheduler],
+        warmup_steps=options.num_warmup_steps(num_rows),
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+        bf16=has_fast_bf16(device) if options.bf16 is None else options.bf16,
+        use_cpu=device.type == "cpu",
+        seed=seed,
+        logging_steps=options.logging_steps,
+        # A loss that is not finite is an error of ours; the filter would hide it from the curve.
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="non_padding",
+        save_strategy="steps",
+        save_steps=options.save_steps,
+        # The one before stays until the newest is marked complete.
+        save_total_limit=2,
+        report_to=list(options.report_to) or "none",
+        disable_tqdm=True,
+        dataloader_pin_memory=device.type == "cuda",
+        dataset_kwargs={"skip_prepare_dataset": True},
+        completion_only_loss=False,
+        max_length=None,
+        packing=False,
+    )
+
+
+def _curve(state: TrainerState) -> list[LogPoint]:
+    return [
+        LogPoint(
+            step=entry["step"],
+            loss=entry["loss"],
+            learning_rate=entry["learning_rate"],
+            grad_norm=entry.get("grad_norm"),
+        )
+        for entry in state.log_history
+        if "loss" in entry
+    ]
+
+
+def _complete(checkpoint: Path) -> Marker:
+    marker = read_marker(checkpoint)
+    if marker is None:
+        raise ArtefactError(
+            f"{checkpoint}: expected a complete checkpoint, got one without a marker"
+        )
+    return marker
+
+
+def _fingerprint(rows: Iterable[TokenRow]) -> str:
+    state = hashlib.sha256()
+    for row in rows:
+        state.update(f"{row.prompt_length} {row.input_ids}\n".encode())
+    return state.hexdigest()[:16]

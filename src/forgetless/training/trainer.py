@@ -1,0 +1,103 @@
+"""TRL's SFTTrainer with the few changes that a run of forgetless needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import PrinterCallback, ProgressCallback
+from trl import SFTTrainer
+
+from forgetless.errors import ArtefactError, TrainingError
+from forgetless.training.checkpoint import refuse_silent_loss
+from forgetless.training.loss import completion_loss, count_predicted
+
+# Elements of the logits of one forward pass, 1 GiB in float32; TRL computes larger ones in tiles.
+LARGEST_LOGITS = 2**28
+
+
+class AdapterTrainer(SFTTrainer):
+    """SFTTrainer for one adapter: saves it alone, restores and decays all of it, prints nothing."""
+
+    def __init__(self, model: PeftModel, *, adapter: str, **arguments: Any) -> None:
+        """Take an attached model and SFTTrainer's own arguments."""
+        super().__init__(model=model, **arguments)
+        self._adapter = adapter
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+
+    def training_step(self, model: nn.Module, *arguments: Any, **options: Any) -> Tensor:
+        """One forward and backward pass.
+
+        Raises:
+            TrainingError: The loss is NaN or inf.
+        """
+        loss = super().training_step(model, *arguments, **options)
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"step {self.state.global_step + 1}: expected a finite loss, got {loss.item()}; "
+                "lower training.learning_rate or look at the train rows of this step"
+            )
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """TRL's loss; on a CPU (or MPS) computed from the completion's positions only."""
+        base = self.model.get_base_model()
+        count = count_predicted(inputs["labels"])
+        elements = count * base.config.get_text_config().vocab_size
+        if (
+            return_outputs
+            or self.aux_loss_enabled
+            or self.accelerator.device.type not in {"cpu", "mps"}
+            or self.accelerator.num_processes > 1  # the loss is scaled for the mean over processes
+            or not 0 < elements <= LARGEST_LOGITS
+        ):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        num_tokens = count if num_items_in_batch is None else num_items_in_batch
+        return completion_loss(model, base.get_output_embeddings(), inputs, num_tokens)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Every trainable tensor: decay pulls to the base, whatever a layer's name contains."""
+        return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """No model card beside checkpoints; the export writes one."""
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        """The adapter alone: no tokenizer, no pickled arguments."""
+        self.model.save_pretrained(
+            output_dir or self.args.output_dir,
+            state_dict=state_dict,
+            selected_adapters=[self._adapter],
+            save_embedding_layers=False,
+            is_main_process=self.args.should_save,
+        )
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        # torch.save reports a full disk as RuntimeError, safetensors as its own error.
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise ArtefactError(
+                f"{self.args.output_dir}: the checkpoint of step {self.state.global_step} could "
+                f"not be written ({error}); free some space and run the same command again: it "
+                "resumes from the last complete checkpoint"
+            ) from error
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        refuse_silent_loss(self.model, self._adapter, Path(resume_from_checkpoint))
