@@ -1,0 +1,93 @@
+"""Progress on a terminal: a bar for the phase that runs, a line with its time when it is done."""
+
+from __future__ import annotations
+
+import textwrap
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import (
+    Progress as Bars,
+)
+
+from forgetless.experiments.progress import Progress
+
+WIDEST = 80  # columns of a note or warning: longer lines are hard to read
+
+
+class TerminalProgress(Progress):
+    """Bars on a terminal, plain lines in a log; everything goes to standard error.
+
+    Standard output is left to results, so that it can be piped. A log has no bars: each phase is
+    one line with its time, written at its end.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        """Write to `console`, standard error where none is given."""
+        self.console = console or Console(stderr=True, highlight=False)
+        self._bars: Bars | None = None
+        self._task: TaskID | None = None
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Show a bar while the phase runs, on a terminal, and its seconds after."""
+        start = time.monotonic()
+        with self._bar(name) if self.console.is_terminal else nullcontext():
+            yield
+        self.console.print(f"  {name:<44} {time.monotonic() - start:7.1f} s", markup=False)
+
+    def advance(self, done: int, total: int, what: str = "") -> None:
+        """Move the bar."""
+        if self._bars is not None and self._task is not None:
+            self._bars.update(self._task, completed=done, total=total, description=what or None)
+
+    def note(self, text: str) -> None:
+        """A line, wrapped."""
+        self._write(text)
+
+    def warn(self, text: str) -> None:
+        """A line that stands out, also without colour; wrapped."""
+        self._write(f"warning: {text}", style="yellow")
+
+    @contextmanager
+    def _bar(self, name: str) -> Iterator[None]:
+        """A bar that `advance` moves; it leaves the terminal with the phase."""
+        bars = Bars(
+            TextColumn("  {task.description}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+            console=self.console,
+            transient=True,
+        )
+        outer = (self._bars, self._task)
+        if outer[0] is not None:
+            outer[0].stop()
+        with bars:
+            self._bars, self._task = bars, bars.add_task(name, total=None)
+            try:
+                yield
+            finally:
+                self._bars, self._task = outer
+
+    def _write(self, text: str, style: str | None = None) -> None:
+        """Print with a hanging indent; a path or name that is too long for a line stays whole."""
+        wrapped = textwrap.fill(
+            text,
+            width=min(self.console.width, WIDEST),
+            initial_indent="  ",
+            subsequent_indent="    ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        # Rich would wrap a second time, without the indent.
+        self.console.print(wrapped, markup=False, style=style, soft_wrap=True)

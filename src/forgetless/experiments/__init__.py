@@ -1,0 +1,1 @@
+"""Runs, records, reports and comparisons: everything above the library itself."""

@@ -1,0 +1,77 @@
+"""The record of a run that has gone through all its phases: what ran, on what, with what result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from forgetless.adapters.attach import Attached
+from forgetless.evaluation.results import EvaluationReport
+from forgetless.experiments.output import plain_recipe
+from forgetless.experiments.prepare import Prepared
+from forgetless.experiments.record import LayerStart, ModelFacts, Record, TrainingFacts
+from forgetless.experiments.surroundings import git_commit, package_versions
+from forgetless.methods import method_options
+from forgetless.models.load import LoadedModel, describe_hardware, model_fingerprint
+from forgetless.recipe import Recipe
+
+
+def describe(
+    recipe: Recipe,
+    loaded: LoadedModel,
+    data: Prepared,
+    attached: Attached,
+    *,
+    created: str,
+    phases: dict[str, float],
+    warnings: list[str],
+    training: TrainingFacts,
+    evaluation: EvaluationReport,
+    scaled: list[EvaluationReport],
+    export: dict[str, Any],
+) -> Record:
+    """Put the results of a run together with all that a reader needs to repeat it."""
+    return Record(
+        label=recipe.label or attached.method.name,
+        created=created,
+        seed=recipe.seed,
+        method=method_options(attached.method),
+        recipe=plain_recipe(recipe),
+        versions=package_versions(),
+        git_commit=git_commit(Path.cwd()),
+        hardware=describe_hardware(),
+        model=_model_facts(loaded, attached),
+        data=data.facts,
+        phases=phases,
+        layers={
+            name: LayerStart(site=start.site, rank=start.rank, diagnostics=dict(start.diagnostics))
+            for name, start in attached.starts.items()
+        },
+        skipped_layers=attached.skipped,
+        warnings=warnings,
+        training=training,
+        evaluation=evaluation,
+        scaled=scaled,
+        export=export,
+    )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16` and the like."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _model_facts(loaded: LoadedModel, attached: Attached) -> ModelFacts:
+    base = attached.model.get_base_model()
+    adapter = sum(p.numel() for name, p in base.named_parameters() if "lora_" in name)
+    return ModelFacts(
+        name=loaded.name,
+        revision=loaded.revision,
+        fingerprint=model_fingerprint(base),
+        architecture=type(base).__name__,
+        parameters=base.num_parameters() - adapter,
+        dtype=dtype_name(loaded.dtype),
+        device=str(loaded.device),
+    )

@@ -1,0 +1,126 @@
+"""How figures are written: the same rules in the report, in Markdown and on the command line."""
+
+from __future__ import annotations
+
+import math
+
+from forgetless.evaluation.items import GENERATED
+from forgetless.evaluation.results import Estimate
+
+MISSING = "–"
+_SHARES = GENERATED | {"greedy_match"}
+_NAMES = {
+    "nll": "NLL",
+    "kl": "KL",
+    "greedy_match": "greedy match",
+    "exact_match": "exact match",
+    "f1": "F1",
+    "last_number": "last number",
+    "choice": "choice",
+    "contains": "contains",
+    "refusal": "refusal",
+    "instruction": "instruction",
+}
+
+
+def metric_name(metric: str) -> str:
+    """The metric as a reader calls it."""
+    return _NAMES.get(metric, metric.replace("_", " "))
+
+
+def is_share(metric: str) -> bool:
+    """Whether the metric is a share of rows, written in percent."""
+    return metric in _SHARES
+
+
+def clean(text: str) -> str:
+    """Text without what no screen shows: control characters and lone surrogates become U+FFFD.
+
+    Texts come from data and models; a raw escape character would reach the reader's terminal, and a
+    lone surrogate cannot be written as UTF-8.
+    """
+    return "".join(
+        c
+        if c in "\n\t" or not (ord(c) < 32 or 127 <= ord(c) < 160 or 0xD800 <= ord(c) < 0xE000)
+        else "\N{REPLACEMENT CHARACTER}"
+        for c in text.replace("\r\n", "\n").replace("\r", "\n")
+    )
+
+
+def one_line(text: str) -> str:
+    """Cleaned text with every run of white space as one space."""
+    return " ".join(clean(text).split())
+
+
+def plain(value: float) -> str:
+    """A figure of any size with about three digits: 0.0046, 0.630, 4.89, 51.3, 6.1e-6."""
+    if not math.isfinite(value):
+        return MISSING
+    size = abs(value)
+    if size == 0:
+        return "0"
+    if size < 9.95e-4:
+        mantissa, exponent = f"{size:.1e}".split("e")
+        text = f"{mantissa}e-{abs(int(exponent))}"
+    elif size < 0.0995:
+        text = f"{size:.{1 - int(f'{size:.1e}'.split('e')[1])}f}"
+    else:
+        text = f"{size:.{3 if size < 0.9995 else 2 if size < 9.995 else 1 if size < 99.95 else 0}f}"
+    return ("−" if value < 0 else "") + text
+
+
+def signed(value: float) -> str:
+    """A figure with its sign; zero has none."""
+    return f"+{plain(value)}" if math.isfinite(value) and value > 0 else plain(value)
+
+
+def value_text(metric: str, value: float) -> str:
+    """A level: percent for shares, a plain figure otherwise."""
+    if not is_share(metric) or not math.isfinite(value):
+        return plain(value)
+    return f"{_tenths(100 * value)}\N{NO-BREAK SPACE}%"
+
+
+def change_text(metric: str, value: float) -> str:
+    """A change, signed: percentage points for shares."""
+    if not is_share(metric) or not math.isfinite(value):
+        return signed(value)
+    text = _tenths(100 * value)
+    return f"{'+' if value > 0 and text != '0.0' else ''}{text}\N{NO-BREAK SPACE}pts"
+
+
+def range_text(metric: str, estimate: Estimate, *, change: bool = False) -> str:
+    """The 95 % interval, without the unit; empty where one row gives none."""
+    if estimate.n <= 1 or not (math.isfinite(estimate.low) and math.isfinite(estimate.high)):
+        return ""
+    if is_share(metric):
+        return f"{_tenths(100 * estimate.low)} to {_tenths(100 * estimate.high)}"
+    write = signed if change else plain
+    return f"{write(estimate.low)} to {write(estimate.high)}"
+
+
+def seconds_text(seconds: float) -> str:
+    """A duration: 4.2 s, 2 min 05 s, 3 h 10 min."""
+    if not math.isfinite(seconds):
+        return MISSING
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def count_text(count: int) -> str:
+    """A whole number with narrow spaces between thousands."""
+    return f"{count:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+
+
+def join_words(words: list[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def _tenths(value: float) -> str:
+    text = f"{abs(value):.1f}"
+    return f"−{text}" if value < 0 and text != "0.0" else text

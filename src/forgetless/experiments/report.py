@@ -1,0 +1,146 @@
+"""One self-contained HTML page from one or several records: no network, all text escaped."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from forgetless.errors import ArtefactError
+from forgetless.evaluation.results import Side
+from forgetless.experiments.charts import loss_panel, trade_off_panels
+from forgetless.experiments.drawing import base_key, key_sign
+from forgetless.experiments.headline import headline, summary_lines
+from forgetless.experiments.layer_charts import layer_rows
+from forgetless.experiments.markdown import markdown_table
+from forgetless.experiments.numbers import clean, one_line
+from forgetless.experiments.provenance import facts, making, phase_rows
+from forgetless.experiments.record import Record
+from forgetless.experiments.runs import Run, name_runs
+from forgetless.experiments.tables import figures, movement_rows, result_tables
+
+__all__ = ["markdown_table", "summary_lines", "write_report"]
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One prompt of one item, and what the base and every run that saw it answered."""
+
+    item: str
+    side: Side
+    prompt: str
+    reference: str
+    answers: tuple[tuple[str, Run | None, str], ...]
+
+
+def write_report(records: Sequence[Record], path: Path, title: str | None = None) -> Path:
+    """Write the report of one or several records as one HTML file.
+
+    Args:
+        records: In the order to show; plain LoRA among them is the baseline of all claims.
+        path: File to write; its folder is made, and an older file is replaced as a whole.
+        title: Stands above the computed headline; the base model's name where it is not given.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ArtefactError: No records, or the file cannot be written.
+    """
+    if not records:
+        raise ArtefactError("report: expected at least one record, got none; name a run's folder")
+    page = _render(name_runs(records), title)
+    try:
+        _write_whole(path, page)
+    except OSError as error:
+        raise ArtefactError(
+            f"report: cannot write {path} ({error.strerror}); free space or choose another path"
+        ) from error
+    return path
+
+
+def inline_json(value: Any) -> Markup:
+    """JSON that can stand inside a script element: nothing in it can end the element."""
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    for sign in "<>&":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return Markup(text)
+
+
+def exchanges(runs: Sequence[Run]) -> list[Exchange]:
+    """Samples of all runs, the same prompt of the same item brought together."""
+    found: dict[tuple[str, Side, str, str], list[tuple[str, Run | None, str]]] = {}
+    for run in runs:
+        for item in run.record.evaluation.items:
+            for sample in item.samples:
+                key = (item.name, item.side, sample.prompt, sample.reference)
+                answers = found.setdefault(key, [])
+                bases = [text for _, of, text in answers if of is None]
+                if not bases:
+                    answers.append(("base", None, sample.base))
+                elif sample.base not in bases:
+                    answers.append((f"base of {run.name}", None, sample.base))
+                answers.append((run.name, run, sample.tuned))
+    order = sorted(found.items(), key=lambda pair: pair[0][1] != "gain")
+    return [Exchange(*key, tuple(answers)) for key, answers in order]
+
+
+def _render(runs: Sequence[Run], title: str | None) -> str:
+    environment = Environment(
+        loader=PackageLoader("forgetless.experiments"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: (
+            clean(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+        ),
+    )
+    script = (
+        environment.loader.get_source(environment, "report.js")[0] if environment.loader else ""
+    )
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    models = list(dict.fromkeys(one_line(run.record.model.name) for run in runs))
+    return environment.get_template("report.html.j2").render(
+        title=one_line(title) if title else ", ".join(models),
+        headline=headline(runs),
+        runs=runs,
+        key=key_sign,
+        base_key=base_key(),
+        tables=result_tables(runs),
+        movement=movement_rows(runs),
+        trade_off=trade_off_panels(runs),
+        curves=loss_panel(runs),
+        layers=layer_rows(runs),
+        has_scaled=any(run.record.scaled for run in runs),
+        exchanges=exchanges(runs),
+        facts=facts(runs),
+        phases=phase_rows(runs),
+        makings=[making(run) for run in runs],
+        figures=inline_json(figures(runs)),
+        script=Markup(script),
+        script_hash=digest,
+    )
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write beside the target and rename, so that a reader never meets half a page."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

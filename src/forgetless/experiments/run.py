@@ -1,0 +1,322 @@
+"""One run, from a recipe to its record, report and exported adapter; called again, it resumes."""
+
+from __future__ import annotations
+
+import errno
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from forgetless.adapters.attach import Attached, attach_rows
+from forgetless.adapters.export import check_round_trip, export
+from forgetless.errors import ArtefactError, ForgetlessWarning
+from forgetless.evaluation.evaluate import evaluate
+from forgetless.evaluation.results import EvaluationReport
+from forgetless.experiments.describe import describe, dtype_name
+from forgetless.experiments.output import Clock, RunFolder
+from forgetless.experiments.prepare import Prepared, prepare
+from forgetless.experiments.progress import Progress
+from forgetless.experiments.record import (
+    TrainingFacts,
+    load_record,
+    save_record,
+)
+from forgetless.experiments.report import write_report
+from forgetless.methods import make_method
+from forgetless.methods.base import Method
+from forgetless.models.load import (
+    LoadedModel,
+    cache_dir,
+    load_model,
+)
+from forgetless.recipe import Recipe
+from forgetless.training.callbacks import ReportSteps
+from forgetless.training.options import TrainingOptions
+from forgetless.training.quiet import libraries_quiet
+from forgetless.training.sft import refuse_data_parallel, train
+
+
+def run(recipe: Recipe, *, progress: Progress | None = None, resume: str | None = None) -> Path:
+    """Do all that a recipe asks for, or what is left of it.
+
+    A folder in which `train_only` has trained is taken up where it stands.
+
+    Args:
+        recipe: What to do. Its `output` folder holds `recipe.yaml`, `checkpoints/`, `adapter/` (a
+            plain LoRA), `record.json` and `report.html` in the end.
+        progress: Hears of phases, steps, notes and warnings; silent by default.
+        resume: Command that does the same again, told to the user on Ctrl-C.
+
+    Returns:
+        Path of the record.
+
+    Raises:
+        ForgetlessError: The message says where, what was expected, what came, and what to do.
+    """
+    heard = progress or Progress()
+    folder = RunFolder(recipe.output)
+    with _kept_on_failure(folder, heard, resume):
+        folder.claim(recipe)
+        if folder.record.exists():
+            load_record(folder.record)
+            heard.note(f"{folder.path} is finished already; remove it to run again")
+            return folder.record
+        return _Run(recipe, folder, heard).go()
+
+
+def calibrate_only(
+    recipe: Recipe, *, progress: Progress | None = None, resume: str | None = None
+) -> Attached:
+    """Collect second moments into the cache and start the adapter; a later `run` re-uses them."""
+    heard = progress or Progress()
+    folder = RunFolder(recipe.output)
+    with _kept_on_failure(folder, heard, resume):
+        folder.claim(recipe)
+        return _Run(recipe, folder, heard).go_to_calibrated()
+
+
+def train_only(
+    recipe: Recipe, *, progress: Progress | None = None, resume: str | None = None
+) -> TrainingFacts:
+    """Train, and stop before the evaluation; a later `run` of the recipe goes on from there."""
+    heard = progress or Progress()
+    folder = RunFolder(recipe.output)
+    with _kept_on_failure(folder, heard, resume):
+        folder.claim(recipe)
+        return _Run(recipe, folder, heard).go_to_trained()
+
+
+@contextmanager
+def _kept_on_failure(folder: RunFolder, heard: Progress, resume: str | None) -> Iterator[None]:
+    """Say what is kept and how to go on, where the user or the disk ends a run."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        again = f": {resume}" if resume else " with the same command"
+        heard.note(f"stopped; what is finished is kept in {folder.path}. Resume{again}")
+        raise
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise ArtefactError(
+            f"{error.filename or folder.path}: the disk is full; free some space and run the same "
+            "command again: it resumes"
+        ) from error
+
+
+class _Run:
+    """The phases of one run, in order, each announced and timed."""
+
+    def __init__(self, recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
+        self.recipe = recipe
+        self.folder = folder
+        self.progress = progress
+        self.clock = Clock(folder.state)
+        self.cache = cache_dir() / "runs"
+        self.method: Method = make_method(recipe.method)
+        self.warnings: list[str] = []
+
+    def go_to_calibrated(self) -> Attached:
+        refuse_data_parallel()
+        with libraries_quiet(), self._warnings_heard():
+            return self._prepared()[2]
+
+    def go_to_trained(self) -> TrainingFacts:
+        refuse_data_parallel()
+        with libraries_quiet(), self._warnings_heard():
+            loaded, data, attached = self._prepared()
+            with self._phase("train"):
+                return self._train(loaded, data, attached)
+
+    def go(self) -> Path:
+        refuse_data_parallel()
+        with libraries_quiet(), self._warnings_heard():
+            loaded, data, attached = self._prepared()
+            with self._phase("train"):
+                training = self._train(loaded, data, attached)
+            with self._phase("evaluate"):
+                evaluation, scaled = self._evaluate(loaded, attached)
+            with self._phase("export"):
+                exported = self._export(loaded, data, attached)
+        with self._phase("report"):
+            record = describe(
+                self.recipe,
+                loaded,
+                data,
+                attached,
+                created=self.clock.created,
+                phases=self.clock.phases,
+                warnings=self.warnings,
+                training=training,
+                evaluation=evaluation,
+                scaled=scaled,
+                export=exported,
+            )
+            write_report([record], self.folder.report)
+        record.phases = self.clock.phases
+        # Last of all: a record says that the run is finished.
+        return save_record(record, self.folder.record)
+
+    def _prepared(self) -> tuple[LoadedModel, Prepared, Attached]:
+        with self._phase("load"):
+            loaded = self._load()
+        with self._phase("data"):
+            data = self._data(loaded)
+        with self._phase("calibrate"):
+            return loaded, data, self._attach(loaded, data)
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        with self.progress.phase(name), self.clock.phase(name):
+            yield
+
+    def _advance(self, done: int, total: int, what: str = "") -> None:
+        self.clock.tick()
+        self.progress.advance(done, total, what)
+
+    @contextmanager
+    def _warnings_heard(self) -> Iterator[None]:
+        """Hand our own warnings to the user in one line each, and to the record."""
+        with warnings.catch_warnings():
+            elsewhere = warnings.showwarning
+            warnings.simplefilter("always", ForgetlessWarning)
+
+            def show(
+                message: Warning | str,
+                category: type[Warning],
+                filename: str,
+                lineno: int,
+                file: TextIO | None = None,
+                line: str | None = None,
+            ) -> None:
+                if issubclass(category, ForgetlessWarning):
+                    self._warn(str(message))
+                else:
+                    elsewhere(message, category, filename, lineno, file, line)
+
+            warnings.showwarning = show
+            yield
+
+    def _warn(self, text: str) -> None:
+        if text not in self.warnings:
+            self.warnings.append(text)
+            self.progress.warn(text)
+
+    def _load(self) -> LoadedModel:
+        recipe = self.recipe
+        loaded = load_model(
+            recipe.model,
+            dtype=recipe.dtype,
+            device=recipe.device,
+            revision=recipe.revision,
+            trust_remote_code=recipe.trust_remote_code,
+        )
+        self.progress.note(f"model {loaded.name} on {loaded.device} in {dtype_name(loaded.dtype)}")
+        return loaded
+
+    def _data(self, loaded: LoadedModel) -> Prepared:
+        data = prepare(self.recipe, loaded, cache=self.cache, advance=self._advance)
+        for text in data.notes:
+            self._warn(text)
+        if self.recipe.preserve_data and "preserve" not in self.method.needs:
+            self.progress.note(
+                f"method {self.method.name} does not calibrate: preserve_data is only kept apart "
+                "from the other rows"
+            )
+        if not (self.recipe.evaluation.gain or self.recipe.evaluation.retention):
+            self._warn("evaluation: no items are given, so that nothing is measured")
+        return data
+
+    def _attach(self, loaded: LoadedModel, data: Prepared) -> Attached:
+        attached = attach_rows(
+            loaded.model,
+            loaded.tokenizer,
+            method=self.method,
+            row_sets={"train": data.train, "preserve": data.preserve},
+            targets=self.recipe.targets,
+            batch_size=self.recipe.calibration.batch_size,
+            min_tokens=self.recipe.calibration.min_tokens,
+            cache=self.cache if self.recipe.calibration.cache else None,
+            seed=self.recipe.seed,
+            progress=lambda role, done, total: self._advance(done, total, role),
+        )
+        for layer, reason in attached.skipped.items():
+            self.progress.note(f"layer {layer} is skipped: {reason}")
+        return attached
+
+    def _train(self, loaded: LoadedModel, data: Prepared, attached: Attached) -> TrainingFacts:
+        options = training_options(self.recipe, self.method)
+        self.progress.note(
+            f"{options.num_steps(len(data.train_rows))} steps at learning rate "
+            f"{options.learning_rate:g} ({options.learning_rate_source})"
+        )
+        facts = train(
+            attached.model,
+            loaded.tokenizer,
+            data.train_rows,
+            options=options,
+            output=self.folder.checkpoints,
+            seed=self.recipe.seed,
+            validation_rows=data.validation_rows,
+            callbacks=[ReportSteps(self._advance)],
+        )
+        if facts.resumed_from:
+            self.progress.note(f"resumed from step {facts.resumed_from[-1]}")
+        return facts
+
+    def _evaluate(
+        self, loaded: LoadedModel, attached: Attached
+    ) -> tuple[EvaluationReport, list[EvaluationReport]]:
+        wanted = self.recipe.evaluation
+        if not (wanted.gain or wanted.retention):
+            return EvaluationReport(items=()), []
+
+        def measure(scale: float, samples: int) -> EvaluationReport:
+            return evaluate(
+                attached.model,
+                loaded.tokenizer,
+                gain=wanted.gain,
+                retention=wanted.retention,
+                calibration_moments=attached.moments.get("preserve"),
+                scale=scale,
+                samples=samples,
+                base_cache=self.cache,
+                progress=lambda stage, done, total: self._advance(done, total, stage),
+            )
+
+        whole = measure(1.0, wanted.samples)
+        return whole, [measure(scale, 0) for scale in wanted.scales if scale != 1.0]
+
+    def _export(self, loaded: LoadedModel, data: Prepared, attached: Attached) -> dict[str, Any]:
+        export(
+            attached.model,
+            self.folder.adapter,
+            base_name=loaded.name,
+            revision=loaded.revision,
+        )
+        probe = torch.tensor([data.train_rows[0].input_ids], device=loaded.device)
+        check = check_round_trip(attached.model, self.folder.adapter, probe)
+        return {
+            "folder": self.folder.adapter.name,
+            "max_difference": check.max_difference,
+            "max_logit": check.max_logit,
+        }
+
+
+def training_options(recipe: Recipe, method: Method) -> TrainingOptions:
+    """The recipe's training part with the method's defaults for what it leaves open."""
+    values = recipe.training.model_dump(exclude={"validation_rows"})
+    rate, decay = values.pop("learning_rate"), values.pop("weight_decay")
+    bf16 = values.pop("bf16")
+    return TrainingOptions(
+        learning_rate=method.default_learning_rate if rate is None else rate,
+        learning_rate_source=method.learning_rate_source if rate is None else "given",
+        weight_decay=method.default_weight_decay if decay is None else decay,
+        # A dtype that was asked for is the dtype to train in; `auto` leaves it to the hardware.
+        bf16=False if bf16 is None and recipe.dtype == "float32" else bf16,
+        **values,
+    )

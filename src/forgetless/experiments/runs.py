@@ -1,0 +1,140 @@
+"""Records as the report sees them: each under one name, and the metrics it shows in one order."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from forgetless.evaluation.results import Estimate, EvaluationReport, MetricResult, Side
+from forgetless.experiments.numbers import is_share, one_line
+from forgetless.experiments.record import Record
+
+
+@dataclass(frozen=True)
+class Run:
+    """One record, the name that every table and chart gives it, its place and its colour's class.
+
+    Plain LoRA is drawn in grey, whatever its place: the ground that the others stand out from.
+    """
+
+    record: Record
+    name: str
+    index: int
+    colour: str
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether this is plain LoRA, the baseline of every claim."""
+        return self.record.method.get("name") == "lora"
+
+
+def name_runs(records: Sequence[Record]) -> list[Run]:
+    """Give every record a name of its own: its label, with seed or number where labels repeat."""
+    labels = [one_line(r.label) or "run" for r in records]
+    if len(set(labels)) < len(labels):
+        with_seeds = [f"{label}, seed {r.seed}" for label, r in zip(labels, records, strict=True)]
+        if len(set(with_seeds)) == len(records):
+            labels = with_seeds
+    total, seen = Counter(labels), Counter[str]()
+    runs: list[Run] = []
+    for index, (label, record) in enumerate(zip(labels, records, strict=True)):
+        seen[label] += 1
+        name = f"{label} ({seen[label]})" if total[label] > 1 else label
+        lora = record.method.get("name") == "lora"
+        colour = "m-lora" if lora else f"m{sum(not run.is_lora for run in runs) % 8}"
+        runs.append(Run(record, name, index, colour))
+    return runs
+
+
+def metric_of(report: EvaluationReport, item: str, side: Side, metric: str) -> MetricResult | None:
+    """One figure of a report; None where the item or the metric was not measured."""
+    for result in report.items:
+        if result.name == item and result.side == side:
+            return result.metrics.get(metric)
+    return None
+
+
+def measured(runs: Sequence[Run], side: Side) -> Iterator[tuple[str, str]]:
+    """Every (item, metric) of a side that any run measured: items as met, KL and NLL first."""
+    metrics: dict[str, dict[str, None]] = {}
+    for run in runs:
+        for item in run.record.evaluation.items:
+            if item.side == side:
+                metrics.setdefault(item.name, {}).update(dict.fromkeys(item.metrics))
+    for name, found in metrics.items():
+        for metric in sorted(found, key=lambda m: (m != "kl", m != "nll")):
+            yield name, metric
+
+
+def is_significant(change: Estimate | None) -> bool:
+    """Whether the paired 95 % interval of a change is known and leaves out 0."""
+    if change is None or change.n <= 1:
+        return False
+    if not (math.isfinite(change.low) and math.isfinite(change.high)):
+        return False
+    return change.low > 0 or change.high < 0
+
+
+def improvement(result: MetricResult) -> Estimate | None:
+    """The change with its sign turned so that more is better."""
+    if result.change is None or result.higher_is_better:
+        return result.change
+    change = result.change
+    return Estimate(mean=-change.mean, low=-change.high, high=-change.low, n=change.n)
+
+
+def loss(result: MetricResult) -> Estimate | None:
+    """What was lost on a retention metric, more is worse: KL itself, else the worsening."""
+    if result.metric == "kl":
+        return result.tuned
+    better = improvement(result)
+    if better is None:
+        return None
+    return Estimate(mean=-better.mean, low=-better.high, high=-better.low, n=better.n)
+
+
+def gain_metric(runs: Sequence[Run], item: str) -> str | None:
+    """The metric that stands for an item's gain: the first share, else NLL, that every run has."""
+    return _shared_metric(
+        runs, item, "gain", key=lambda m: (not is_share(m), m != "nll"), without=("kl",)
+    )
+
+
+def retention_metric(runs: Sequence[Run], item: str) -> str | None:
+    """The metric that stands for an item's forgetting: KL, else NLL, else the first of all."""
+    return _shared_metric(runs, item, "retention", key=lambda m: (m != "kl", m != "nll"))
+
+
+def _shared_metric(
+    runs: Sequence[Run],
+    item: str,
+    side: Side,
+    *,
+    key: Callable[[str], tuple[bool, ...]],
+    without: tuple[str, ...] = (),
+) -> str | None:
+    for metric in sorted((m for name, m in measured(runs, side) if name == item), key=key):
+        results = [metric_of(run.record.evaluation, item, side, metric) for run in runs]
+        if metric not in without and all(r is not None and loss(r) is not None for r in results):
+            return metric
+    return None
+
+
+def items_of(runs: Sequence[Run], side: Side) -> list[str]:
+    """Names of the items of a side, as first met."""
+    return list(dict.fromkeys(name for name, _ in measured(runs, side)))
+
+
+def not_comparable(runs: Sequence[Run]) -> list[str]:
+    """Why these runs cannot be held against each other; empty where they can."""
+    reasons = []
+    if len({run.record.model.fingerprint for run in runs}) > 1:
+        reasons.append("the base models differ")
+    for side in ("gain", "retention"):
+        for item in items_of(runs, side):
+            rows = [{d.fingerprint for d in r.record.data if d.role == item} for r in runs]
+            if len({frozenset(fingerprints) for fingerprints in rows if fingerprints}) > 1:
+                reasons.append(f"the rows of {one_line(item)} differ")
+    return list(dict.fromkeys(reasons))

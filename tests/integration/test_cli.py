@@ -1,0 +1,128 @@
+"""The command line as a user meets it: verbs, one-line mistakes, statuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from peft import LoraConfig, get_peft_model
+from run_setup import recipe_of, write_data
+from transformers import AutoModelForCausalLM
+
+from forgetless.cli import main
+from forgetless.experiments import run as run_module
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipe file on tiny data, in an empty working directory."""
+    monkeypatch.setenv("FORGETLESS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.chdir(tmp_path)
+    write_data(tmp_path / "data")
+    tree = recipe_of(tiny_model_path, tmp_path / "data", tmp_path / "out").resolved()
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def status(*arguments: str | Path) -> int:
+    """Exit status of a command."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+def test_a_run_and_what_can_be_done_with_it(
+    recipe: Path, tmp_path: Path, tiny_model_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status("run", recipe) == 0
+    out = capsys.readouterr().out
+    assert f"{tmp_path / 'out' / 'report.html'}".replace("\n", "") in out.replace("\n", "")
+    assert status("run", recipe) == 0
+    assert "finished already" in capsys.readouterr().err
+
+    assert status("report", tmp_path / "out", "--output", tmp_path / "two.html") == 0
+    assert (tmp_path / "two.html").is_file()
+
+    assert status("export", tmp_path / "out", tmp_path / "half", "--scale", "0.5") == 0
+    assert "logits differ by at most" in capsys.readouterr().out
+    assert status("export", tmp_path / "out", tmp_path / "merged", "--merge") == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config.vocab_size > 0
+    assert status("export", tmp_path / "out", tmp_path / "half") == 2
+    assert "new or empty folder" in capsys.readouterr().err
+
+    figures = tmp_path / "figures.json"
+    assert status("evaluate", recipe, "evaluation.scales=[0.5]", "--output", figures) == 0
+    assert "| scale 1 |" in capsys.readouterr().out.replace("  ", " ")
+    assert [report["scale"] for report in json.loads(figures.read_text())] == [1.0, 0.5]
+
+
+def test_train_then_run_goes_on_from_the_trained_adapter(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status("calibrate", recipe, "method=lora-null", "method.rank=4") == 0
+    assert "tokens at" in capsys.readouterr().out
+    assert status("train", recipe, "method=lora-null", "method.rank=4") == 0
+    assert "steps" in capsys.readouterr().out
+    weights = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out/checkpoints").iterdir()}
+    assert status("run", recipe, "method=lora-null", "method.rank=4") == 0
+    after = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out/checkpoints").iterdir()}
+    assert weights == after
+
+
+def test_somebody_elses_adapter_is_measured(
+    recipe: Path, tmp_path: Path, tiny_model_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_path)
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(base, config).save_pretrained(tmp_path / "theirs")
+    assert status("evaluate", recipe, "--adapter", tmp_path / "theirs") == 0
+    assert "update size" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "nowhere.yaml"], "nowhere.yaml"),
+        (["run", "recipe.yaml", "trainning.epochs=2"], "did you mean `training`"),
+        (["run", "recipe.yaml", "method={name: sc-lora, beta: 2}"], "0..1, got 2"),
+        (["run", "recipe.yaml", "method={name: lora, rank: 999}"], "999; lower the rank"),
+        (["run", "recipe.yaml", "model=nowhere/at-all"], "nowhere/at-all"),
+        (["export", "nowhere", "out2"], "expected a folder with adapter_config.json"),
+        (["report", "nowhere"], "nowhere"),
+        (["evaluate", "recipe.yaml", "--adapter", "nowhere"], "adapter_config.json, found none"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(
+    recipe: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status(*arguments) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("forgetless: ")
+    assert message in last
+
+
+def test_ctrl_c_says_how_to_go_on_and_ends_with_130(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module, "train", stop)
+    monkeypatch.setattr("sys.argv", ["forgetless", "run", "recipe.yaml"])
+    assert status("run", recipe) == 130
+    assert "forgetless run recipe.yaml" in capsys.readouterr().err
+
+
+def test_methods_lists_all_with_paper_needs_and_promise(capsys: pytest.CaptureFixture[str]) -> None:
+    assert status("methods") == 0
+    out = capsys.readouterr().out
+    for word in ("lora-null", "sc-lora", "2503.02659", "2505.23724", "preserve data", "promise"):
+        assert word in out
+    assert max(map(len, out.splitlines())) <= 80

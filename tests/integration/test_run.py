@@ -1,0 +1,257 @@
+"""A run from recipe to record: what it leaves behind, and what it refuses."""
+
+from __future__ import annotations
+
+import errno
+import json
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from run_setup import recipe_of, write_data
+from transformers import AutoModelForCausalLM
+
+from forgetless.data.tokens import TokenRow
+from forgetless.errors import ArtefactError, DataError, RecipeError
+from forgetless.experiments import run as run_module
+from forgetless.experiments.output import Clock
+from forgetless.experiments.prepare import hold_out
+from forgetless.experiments.progress import Progress
+from forgetless.experiments.record import load_record, save_record
+from forgetless.experiments.run import run
+from forgetless.recipe import Recipe
+
+PHASES = ["load", "data", "calibrate", "train", "evaluate", "export", "report"]
+
+
+class Heard(Progress):
+    """Remembers what a run tells."""
+
+    def __init__(self) -> None:
+        self.phases: list[str] = []
+        self.notes: list[str] = []
+        self.warnings: list[str] = []
+        self.steps: dict[str, tuple[int, int]] = {}
+
+    @contextmanager
+    def phase(self, name):
+        self.phases.append(name)
+        yield
+
+    def advance(self, done, total, what=""):
+        self.steps[self.phases[-1]] = (done, total)
+
+    def note(self, text):
+        self.notes.append(text)
+
+    def warn(self, text):
+        self.warnings.append(text)
+
+
+@pytest.fixture
+def make_recipe(tmp_path, tiny_model_path, monkeypatch):
+    """Factory of recipes on tiny data, with a cache of their own."""
+    monkeypatch.setenv("FORGETLESS_CACHE", str(tmp_path / "cache"))
+    write_data(tmp_path / "data")
+
+    def make(output: str = "out", **changes: object) -> Recipe:
+        return recipe_of(tiny_model_path, tmp_path / "data", tmp_path / output, **changes)
+
+    return make
+
+
+def test_a_run_leaves_recipe_adapter_record_and_report(make_recipe, tiny_model_path):
+    recipe, heard = make_recipe(), Heard()
+    path = run(recipe, progress=heard)
+    assert path == recipe.output / "record.json"
+    record = load_record(path)
+    assert heard.phases == PHASES
+    assert list(record.phases) == PHASES
+    assert heard.steps["train"] == (30, 30)
+    assert record.training.steps == 30
+    assert record.training.learning_rate_source == "given"
+    assert record.training.validation_nll > 0
+    # 40 train rows, 4 of them held out: 30 steps of 4 are more than three epochs.
+    assert record.training.epochs == pytest.approx(30 / 9)
+    roles = {fact.role: fact for fact in record.data}
+    assert {role: fact.rows for role, fact in roles.items()} == {
+        "train": 40,
+        "preserve": 24,
+        "task": 6,
+        "facts": 6,
+    }
+    assert (
+        record.model.parameters
+        == AutoModelForCausalLM.from_pretrained(tiny_model_path).num_parameters()
+    )
+    items = {item.name: item for item in record.evaluation.items}
+    assert items["task"].metrics["nll"].change.mean < 0
+    assert set(items["facts"].metrics) == {"nll", "kl"}
+    assert [report.scale for report in record.scaled] == [0.5]
+    assert record.evaluation.movement.drift_calibration is not None
+    assert record.layers["model.layers.0.mlp.down_proj"].rank == 4
+    assert record.export["max_difference"] < 1e-4
+    assert record.versions["torch"] == torch.__version__
+    assert record.recipe == yaml.safe_load((recipe.output / "recipe.yaml").read_text())
+    assert "<html" in (recipe.output / "report.html").read_text()
+    assert json.loads((recipe.output / "adapter" / "adapter_config.json").read_text())["r"] == 4
+
+
+def test_the_exported_adapter_loads_with_peft_alone_on_the_untouched_base(
+    make_recipe, tiny_model_path
+):
+    record = load_record(run(make_recipe()))
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_path)
+    tuned = PeftModel.from_pretrained(base, record.recipe["output"] + "/adapter")
+    prompt = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        moved = tuned(input_ids=prompt).logits
+        with tuned.disable_adapter():
+            assert not torch.allclose(moved, tuned(input_ids=prompt).logits, atol=1e-2)
+
+
+def test_a_finished_run_is_not_done_again(make_recipe):
+    path = run(make_recipe(training={"max_steps": 2}))
+    before, heard = path.read_bytes(), Heard()
+    assert run(make_recipe(training={"max_steps": 2}), progress=heard) == path
+    assert heard.phases == []
+    assert "is finished already; remove it to run again" in heard.notes[0]
+    assert path.read_bytes() == before
+
+
+def test_another_recipe_in_the_same_folder_is_refused_by_the_keys_that_differ(make_recipe):
+    run(make_recipe(training={"max_steps": 2}))
+    other = make_recipe(training={"max_steps": 3, "save_steps": 1}, seed=1)
+    with pytest.raises(RecipeError) as caught:
+        run(other)
+    message = str(caught.value)
+    assert "training.max_steps (2 there, 3 here)" in message
+    assert "seed (0 there, 1 here)" in message
+    assert "save_steps" not in message
+    assert message.endswith("set output= to another folder, or remove this one")
+
+
+@pytest.mark.parametrize("content", ["folder", "file"])
+def test_a_folder_with_other_files_is_left_alone(make_recipe, content):
+    recipe = make_recipe()
+    if content == "folder":
+        recipe.output.mkdir()
+        (recipe.output / "thesis.tex").write_text("do not touch")
+    else:
+        recipe.output.write_text("do not touch")
+    with pytest.raises(RecipeError, match="expected an empty folder or one of a run"):
+        run(recipe)
+
+
+def test_ctrl_c_keeps_the_last_checkpoint_and_says_how_to_go_on(make_recipe):
+    class Interrupt(Heard):
+        def advance(self, done, total, what=""):
+            super().advance(done, total, what)
+            if self.phases[-1] == "train" and done == 8:
+                raise KeyboardInterrupt
+
+    heard = Interrupt()
+    with pytest.raises(KeyboardInterrupt):
+        run(make_recipe(), progress=heard, resume="forgetless run recipe.yaml seed=0")
+    assert heard.notes[-1].endswith("Resume: forgetless run recipe.yaml seed=0")
+    again = Heard()
+    record = load_record(run(make_recipe(), progress=again))
+    assert record.training.resumed_from == [6]
+    assert "resumed from step 6" in again.notes
+
+
+def test_a_full_disk_is_one_clear_line(make_recipe, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "adapter.safetensors")
+
+    monkeypatch.setattr(run_module, "export", full)
+    with pytest.raises(ArtefactError, match=r"adapter\.safetensors: the disk is full; free some"):
+        run(make_recipe(training={"max_steps": 1}))
+    monkeypatch.undo()
+
+
+def test_the_methods_own_rate_and_decay_are_used_where_none_is_given(make_recipe):
+    recipe = make_recipe(method={"name": "lora-wd", "rank": 4}, training={"max_steps": 1})
+    heard = Heard()
+    record = load_record(run(recipe, progress=heard))
+    assert record.training.learning_rate == 2e-4
+    assert "arXiv" in record.training.learning_rate_source
+    options = run_module.training_options(recipe, run_module.make_method(recipe.method))
+    assert options.weight_decay == 0.3
+    assert any("does not calibrate" in note for note in heard.notes)
+
+
+def test_rows_that_train_and_evaluation_share_are_refused(make_recipe, tmp_path):
+    data = tmp_path / "data"
+    shared = (data / "train.jsonl").read_text().splitlines()[0]
+    (data / "gain.jsonl").write_text((data / "gain.jsonl").read_text() + shared + "\n")
+    with pytest.raises(DataError, match="train and evaluation data: expected no row in both"):
+        run(make_recipe())
+
+
+def test_our_warnings_reach_the_user_and_the_record_once(make_recipe):
+    recipe, heard = make_recipe(training={"max_steps": 1}), Heard()
+    short = recipe.train_data[0].model_copy(update={"max_length": 20})
+    recipe = recipe.model_copy(update={"train_data": [short], "output": recipe.output / "deeper"})
+    record = load_record(run(recipe, progress=heard))
+    truncated = [text for text in heard.warnings if "are longer than max_length" in text]
+    assert len(truncated) == 1
+    assert record.warnings == heard.warnings
+    assert next(f for f in record.data if f.role == "train").truncated_rows > 0
+
+
+def test_held_out_rows_are_never_trained_on_not_even_as_copies():
+    rows = [TokenRow((index, index + 1, 2), 1) for index in range(20)]
+    kept, held = hold_out([*rows, *rows], 5, seed=1)
+    assert len(held) == 5
+    assert not {row.input_ids for row in held} & {row.input_ids for row in kept}
+    assert hold_out([*rows, *rows], 5, seed=1) == (kept, held)
+    assert hold_out(rows, 0, seed=1) == (rows, [])
+    with pytest.raises(DataError, match="expected fewer than the 20 train rows, got 20"):
+        hold_out(rows, 20, seed=1)
+
+
+def test_phase_times_add_up_over_attempts(tmp_path: Path):
+    state = tmp_path / "state.json"
+    first = Clock(state)
+    with first.phase("train"):
+        pass
+    spent = first.phases["train"]
+    second = Clock(state)
+    assert second.created == first.created
+    with pytest.raises(KeyboardInterrupt), second.phase("train"):
+        raise KeyboardInterrupt
+    assert Clock(state).phases["train"] > spent
+    state.write_text('{"phases": ')
+    assert Clock(state).phases == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "expected a readable record, got: No such file or directory"),
+        ('{"schema_version": 1, "lab', "expected a record as JSON, got a truncated or damaged"),
+        ("[]", "expected a record of forgetless, got JSON without schema_version"),
+        ('{"schema_version": 99}', "expected record schema 1, got 99"),
+        ('{"schema_version": 1}', "expected a complete record, label: Field required"),
+    ],
+)
+def test_a_record_that_cannot_be_used_is_one_clear_line(tmp_path: Path, content, message):
+    path = tmp_path / "record.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ArtefactError, match=message) as caught:
+        load_record(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_record_survives_its_file(make_recipe):
+    path = run(make_recipe(training={"max_steps": 1}))
+    record = load_record(path)
+    copy = save_record(record, path.with_name("copy.json"))
+    assert load_record(copy) == record
+    assert [p.name for p in path.parent.glob("*.tmp")] == []

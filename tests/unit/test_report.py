@@ -1,0 +1,286 @@
+"""The report page: self-contained, escaped, complete, and clean in a real browser."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from report_records import around, item, kl, metric, movement, nll, realistic_records, record
+
+from forgetless.errors import ArtefactError
+from forgetless.evaluation.results import EvaluationReport, LayerMovement, Sample
+from forgetless.experiments.drawing import Axis
+from forgetless.experiments.layer_charts import split_layer
+from forgetless.experiments.record import Record
+from forgetless.experiments.report import inline_json, write_report
+
+ATTACK = (
+    "</script><script>document.title='owned';alert(1)</script>"
+    "<!--<img src=x onerror=alert(1)>\u2028\"'`{{7*7}}"
+)
+
+
+class Page(HTMLParser):
+    """What a browser would make of the page: elements, their attributes, and text by element."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.source = path.read_text(encoding="utf-8")
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text: dict[str, list[str]] = {}
+        self._open: list[str] = []
+        self.feed(self.source)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in {"meta", "link", "path", "circle", "polyline"}:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        if tag in self._open:
+            while self._open.pop() != tag:
+                pass
+
+    def handle_data(self, data):
+        if self._open:
+            self.text.setdefault(self._open[-1], []).append(data)
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.elements)
+
+    def words(self) -> str:
+        return " ".join(
+            " ".join(texts) for tag, texts in self.text.items() if tag not in {"script", "style"}
+        )
+
+
+def page(records: list[Record], folder: Path, **options) -> Page:
+    return Page(write_report(records, folder / "report.html", **options))
+
+
+def hostile_records() -> list[Record]:
+    """Every text that a stranger can choose carries the attack."""
+    records = []
+    for source in realistic_records()[:2]:
+        values = source.model_dump()
+        values["label"] = f"{source.label} {ATTACK}"
+        values["method"] = {"name": source.method["name"], ATTACK: ATTACK}
+        values["recipe"] = {ATTACK: ATTACK, "nested": [ATTACK]}
+        values["versions"] = {ATTACK: ATTACK}
+        values["hardware"] = {ATTACK: ATTACK}
+        values["phases"] = {ATTACK: 1.0}
+        values["warnings"] = [ATTACK]
+        values["skipped_layers"] = {ATTACK: ATTACK}
+        values["model"]["name"] = values["model"]["architecture"] = ATTACK
+        values["training"]["learning_rate_source"] = ATTACK
+        values["export"] = {ATTACK: ATTACK}
+        for data in values["data"]:
+            data["source"] = ATTACK
+        report = values["evaluation"]
+        layers = report["movement"]["layers"]
+        layers[f"model.layers.0.{ATTACK}"] = layers["model.layers.0.mlp.up_proj"]
+        for result in report["items"]:
+            result["name"] += ATTACK
+            result["metrics"][ATTACK] = {**result["metrics"]["nll"], "metric": ATTACK}
+            result["samples"] = [dict.fromkeys(("prompt", "reference", "base", "tuned"), ATTACK)]
+        records.append(Record.model_validate(values))
+    return records
+
+
+def test_page_loads_nothing_from_anywhere(tmp_path):
+    found = page(realistic_records(), tmp_path)
+    loads = [
+        value
+        for _, attributes in found.elements
+        for name, value in attributes.items()
+        if name in {"src", "href", "srcset", "action", "data", "poster", "xlink:href"}
+    ]
+    assert set(loads) == {"data:,", "#files"}
+    assert "url(" not in found.source
+    assert "@import" not in found.source
+    assert "default-src 'none'" in found.source
+
+
+def test_page_shows_everything_that_was_asked_for(tmp_path):
+    words = page(realistic_records(), tmp_path, title="Demo").words()
+    for claim in (
+        "Demo", "LoRA-Null v2", "SC-LoRA β 0.8", "capitals", "KL", "NLL", "0.0046", "12.0\u00a0%",
+        "Gain against retention", "Training", "Leakage", "Drift", "down_proj",
+        "What is the capital of Australia?", "Ouagadougou.", "The capital of Australia is Canberra",
+        "preserve_data:", "4f1c2ab9d0", "torch 2.13.0", "Xeon, 2 cores, AMX", "a3f09c1b77de4410",
+        "lm_head", "the head is tied", "under four times the width", "calibrate", "5 min 12 s",
+    ):  # fmt: skip
+        assert claim in words, claim
+
+
+def test_recipe_with_values_that_yaml_does_not_know_is_shown(tmp_path):
+    recipe = {"output": Path("runs/a"), "betas": (0.9, 0.99)}
+    shown = page([realistic_records()[0].model_copy(update={"recipe": recipe})], tmp_path)
+    assert "output: runs/a\nbetas:\n- 0.9\n- 0.99" in "".join(shown.text["pre"])
+
+
+def test_samples_of_the_same_prompt_stand_together_under_one_base(tmp_path):
+    words = page(realistic_records(), tmp_path).words()
+    assert words.count("What is the capital of Australia?") == 1
+    assert words.count("The capital of Australia is Canberra.") == 1
+
+
+def test_hostile_texts_stay_texts_everywhere(tmp_path):
+    found = page(hostile_records(), tmp_path, title=ATTACK)
+    assert found.count("script") == 2
+    assert found.count("img") == 0
+    assert ATTACK.replace("\u2028", "")[:40] in found.words()
+    assert "{{7*7}}" in found.words()
+    assert not any(name.startswith("on") for _, attributes in found.elements for name in attributes)
+
+
+def test_inline_json_cannot_leave_its_script_and_reads_back():
+    text = inline_json({"a": ATTACK})
+    assert json.loads(text) == {"a": ATTACK}
+    assert not set("<>&\u2028\u2029") & set(text)
+
+
+def test_every_figure_is_in_the_page_as_json(tmp_path):
+    found = page(realistic_records()[:1], tmp_path)
+    rows = json.loads(found.text["script"][0])
+    best = [r for r in rows if (r["item"], r["metric"], r["scale"]) == ("capitals", "kl", 1.0)]
+    assert [(r["tuned"], r["base"], r["tuned_n"]) for r in best] == [(0.63, None, 200)]
+    assert {r["scale"] for r in rows} == {0.1, 0.3, 0.5, 0.7, 0.9, 1.0}
+
+
+def test_single_record_is_a_whole_page(tmp_path):
+    found = page(realistic_records()[1:2], tmp_path)
+    assert found.text["h1"] == [
+        "LoRA-Null v2 gained 50.5\u00a0points on chain_sum and forgot some of elements."
+    ]
+
+
+def test_record_with_hardly_anything_measured_is_a_whole_page(tmp_path):
+    bare = record("LoRA", "lora", (item("facts", "retention", nll(2.0, 2.1)),))
+    training = bare.training.model_copy(update={"curve": [], "validation_nll": None})
+    bare = bare.model_copy(
+        update={
+            "training": training,
+            "phases": {},
+            "skipped_layers": {},
+            "warnings": [],
+            "data": [],
+        }
+    )
+    words = page([bare], tmp_path).words()
+    assert "Gain against retention" not in words
+    assert "How far it moved" not in words
+    empty = bare.model_copy(update={"evaluation": EvaluationReport(items=())})
+    assert "How it was made" in page([empty], tmp_path).words()
+
+
+def test_runs_that_measured_different_things_share_a_page(tmp_path):
+    first = record("LoRA", "lora", (item("a", "gain", nll(2, 1)), item("x", "retention", kl(0.1))))
+    second = record("B", "b", (item("b", "gain", nll(2, 1)), item("y", "retention", nll(1, 2))),
+                    moved=movement(0.1, 0.1, blocks=1))  # fmt: skip
+    assert "–" in page([first, second], tmp_path).words()
+
+
+def test_quick_run_carries_a_visible_note(tmp_path):
+    quick = realistic_records()[0].model_copy(update={"recipe": {"quick": True}})
+    words = page([quick], tmp_path).words()
+    assert "A quick run claims nothing" in words
+    assert "gained" not in page([quick], tmp_path).text["h1"][0]
+
+
+def test_figures_that_are_not_finite_or_have_no_width_leave_no_nan(tmp_path):
+    nothing = LayerMovement(
+        update_size=0.0, drift=0.0, drift_calibration=None, leakage=math.nan, relative_norm=0.0
+    )
+    moved = movement(0.1, 0.1).model_copy(
+        update={"layers": {"a.0.q": nothing, "lm": nothing}, "leakage": math.nan, "drift": math.inf}
+    )
+    broken = kl(0.1).model_copy(update={"tuned": around(math.nan, 0.0)})
+    items = (
+        item("sums", "gain", metric("last_number", 0.0, 0.0, 0.0)),
+        item("facts", "retention", broken, metric("f1", 1.0, 1.0, 0.0, n=1)),
+        item("more", "retention", metric("kl", None, 0.0, 0.0), nll(1.0, 1.0, 0.0)),
+    )
+    first = record("LoRA", "lora", items, moved=moved)
+    first.training.curve[3] = first.training.curve[3].model_copy(update={"loss": math.nan})
+    source = page([first, record("B", "b", items)], tmp_path).source
+    body = source.split("</style>")[1].split("<script")[0].lower()
+    assert re.findall(r"\b(nan|inf|infinity)\b", body) == []
+
+
+def test_lone_surrogates_and_control_characters_can_be_written(tmp_path):
+    sample = Sample(prompt="\ud83d broken", reference="", base="\x00\x1b", tuned="")
+    odd = record("LoRA", "lora", (item("a", "gain", nll(2, 1), samples=(sample,)),))
+    words = page([odd], tmp_path).words()
+    assert "\ufffd broken" in words
+    assert "(nothing)" in words
+
+
+def test_no_records_is_an_error_that_says_so(tmp_path):
+    with pytest.raises(ArtefactError, match="at least one record"):
+        write_report([], tmp_path / "report.html")
+
+
+def test_path_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtefactError, match="cannot write") as caught:
+        write_report(realistic_records()[:1], tmp_path / "file" / "report.html")
+    assert "\n" not in str(caught.value)
+
+
+def test_older_report_is_replaced_as_a_whole(tmp_path):
+    path = tmp_path / "deep" / "report.html"
+    write_report(realistic_records()[:1], path)
+    write_report(realistic_records()[:2], path)
+    assert [p.name for p in path.parent.iterdir()] == ["report.html"]
+
+
+def test_layers_are_split_into_kind_and_block():
+    assert split_layer("model.layers.12.mlp.up_proj") == ("mlp.up_proj", 12)
+    assert split_layer("transformer.h.0.attn.c_attn") == ("attn.c_attn", 0)
+    assert split_layer("0.weight2.q") == ("weight2.q", 0)
+    assert split_layer("score") == ("score", None)
+
+
+@pytest.mark.parametrize("make", [Axis.linear, Axis.root, Axis.log])
+@pytest.mark.parametrize("values", [[0.3], [1e-9, 2.0], [4.0, 4.0], [1e5, 3e5], [1e-300, 1.0]])
+def test_axes_hold_their_values_and_have_ticks(make, values):
+    axis = make(values)
+    assert len(axis.ticks) >= 2
+    assert all(0 <= axis.share(v) <= 1 for v in values)
+    assert axis.share(max(values)) >= axis.share(min(values))
+    assert all(axis.label(tick) for tick in axis.ticks)
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(
+    CHROMIUM is None, reason="no chromium here: the page is not opened in a browser"
+)
+@pytest.mark.parametrize("hostile", [False, True])
+def test_browser_opens_the_page_without_a_complaint(tmp_path, hostile):
+    records = hostile_records() if hostile else realistic_records()
+    path = write_report(records, tmp_path / "report.html")
+    done = subprocess.run(
+        [
+            str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync",
+            "--enable-logging=stderr", "--v=0", f"--user-data-dir={tmp_path / 'profile'}",
+            "--dump-dom", path.as_uri(),
+        ],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    # A blocked load, a refused script and an exception all reach the console.
+    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
+    assert "<title>owned" not in done.stdout
+    assert '<p class="small" id="files">' in done.stdout, "the page's own script did not run"

@@ -1,0 +1,284 @@
+"""The headline's words on constructed figures: wins, ties, losses, and what must not be claimed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from report_records import item, kl, metric, nll, realistic_records, record, trade_off
+
+from forgetless.evaluation.results import Estimate, EvaluationReport, MetricResult
+from forgetless.experiments.headline import headline, summary_lines
+from forgetless.experiments.markdown import markdown_table
+from forgetless.experiments.numbers import (
+    change_text,
+    clean,
+    plain,
+    range_text,
+    seconds_text,
+    value_text,
+)
+from forgetless.experiments.record import Record
+from forgetless.experiments.runs import name_runs
+from forgetless.experiments.verdicts import judge
+
+
+def figures(gain: float, lost: float, half: float = 0.06) -> tuple:
+    """One gain item (last number, in shares) and one retention item (KL, in nats)."""
+    return (
+        item("sums", "gain", metric("last_number", 0.1, 0.1 + gain, half)),
+        item("capitals", "retention", kl(lost)),
+    )
+
+
+def pair(lora: tuple[float, float], method: tuple[float, float]) -> list[Record]:
+    return [
+        record("LoRA", "lora", figures(*lora)),
+        record("LoRA-Null", "lora-null", figures(*method)),
+    ]
+
+
+def title(records: list[Record]) -> str:
+    return headline(name_runs(records)).title
+
+
+@pytest.mark.parametrize(
+    ("lora", "method", "words"),
+    [
+        (
+            (0.5, 0.6),
+            (0.5, 0.01),
+            "LoRA-Null forgot less than plain LoRA at the same gain, within noise",
+        ),
+        ((0.3, 0.6), (0.5, 0.01), "LoRA-Null gained more than plain LoRA and forgot less"),
+        ((0.5, 0.1), (0.5, 0.1), "LoRA-Null does not differ from plain LoRA by more than noise"),
+        ((0.5, 0.6), (0.2, 0.01), "LoRA-Null forgot less than plain LoRA, but gained less"),
+        ((0.3, 0.1), (0.5, 0.6), "LoRA-Null gained more than plain LoRA, but forgot more"),
+        (
+            (0.5, 0.01),
+            (0.5, 0.6),
+            "Plain LoRA did better than LoRA-Null: it forgot less at the same gain, within noise",
+        ),
+        (
+            (0.6, 0.01),
+            (0.3, 0.6),
+            "Plain LoRA did better than LoRA-Null: it gained more and forgot less",
+        ),
+        (
+            (0.6, 0.1),
+            (0.3, 0.1),
+            "Plain LoRA did better than LoRA-Null: it gained more and forgot no more, within noise",
+        ),
+        (
+            (0.02, 0.6),
+            (0.01, 0.1),
+            "No run gained anything significant: there is nothing to compare",
+        ),
+        (
+            (0.5, 0.6),
+            (0.01, 0.1),
+            "Plain LoRA did better than LoRA-Null at learning: "
+            "LoRA-Null gained nothing significant",
+        ),
+    ],
+)
+def test_headline_says_who_did_better(lora, method, words):
+    assert title(pair(lora, method)) == words
+
+
+def test_headline_names_where_a_method_forgot_less_and_where_more():
+    def both(a: float, b: float) -> tuple:
+        return (*figures(0.5, a), item("elements", "retention", kl(b)))
+
+    records = [record("LoRA", "lora", both(0.1, 0.5)), record("X", "sc-lora", both(0.5, 0.1))]
+    assert "forgot less on elements but more on capitals" in title(records)
+
+
+def test_methods_with_the_same_verdict_share_a_clause():
+    records = [*pair((0.5, 0.6), (0.5, 0.01)), record("SC-LoRA", "sc-lora", figures(0.2, 0.01))]
+    assert title(records) == (
+        "LoRA-Null forgot less than plain LoRA at the same gain, within noise; "
+        "SC-LoRA forgot less than plain LoRA, but gained less"
+    )
+
+
+def test_many_verdicts_are_counted_in_the_title_and_listed_below():
+    records = [record("LoRA", "lora", figures(0.5, 0.1))]
+    lost = [0.01, 0.01, 0.1, 0.6]
+    records += [record(f"{'method ' * 12}{n}", "x", figures(0.5, k)) for n, k in enumerate(lost)]
+    said = headline(name_runs(records))
+    assert said.title == (
+        "4 comparisons with plain LoRA: the method did better in 2, plain LoRA in 1; "
+        "1 within noise or a trade"
+    )
+    assert said.details[0].endswith("forgot less than plain LoRA at the same gain, within noise.")
+
+
+def test_labels_are_quoted_as_they_are():
+    records = [
+        record("LoRA", "lora", figures(0.5, 0.6)),
+        record("null {lora} {run}", "lora-null", figures(0.5, 0.01)),
+    ]
+    assert title(records).startswith("null {lora} {run} forgot less than plain LoRA")
+
+
+def test_change_whose_interval_contains_zero_is_not_significant():
+    said = headline(name_runs([record("LoRA", "lora", figures(0.02, 0.1, half=0.05))]))
+    assert "not significant" in said.runs[0].gained[0].lead
+    assert said.title.startswith("LoRA gained nothing significant")
+
+
+def test_one_row_gives_no_interval_and_no_claim():
+    one = item("sums", "gain", metric("last_number", 0.0, 1.0, 0.0, n=1))
+    said = headline(name_runs([record("LoRA", "lora", (one,))]))
+    assert "one row, no interval" in said.runs[0].gained[0].rest
+    assert "not significant" in said.runs[0].gained[0].lead
+
+
+def test_zero_width_interval_away_from_zero_is_a_gain():
+    sure = item("sums", "gain", metric("last_number", 0.0, 1.0, 0.0))
+    assert title([record("LoRA", "lora", (sure,))]).startswith(
+        "LoRA gained 100.0\u00a0points on sums"
+    )
+
+
+def test_lower_nll_counts_as_gain_and_higher_as_loss():
+    better = record("A", "lora", (item("text", "gain", nll(1.5, 1.0)),))
+    worse = record("A", "lora", (item("text", "gain", nll(1.0, 1.5)),))
+    assert title([better]).startswith("A gained 0.500 NLL on text")
+    assert title([worse]).startswith("A gained nothing significant")
+
+
+def test_refusals_that_should_stay_rare_count_as_loss_when_they_rise():
+    rose = metric("refusal", 0.05, 0.4, 0.05, higher=False)
+    items = (*figures(0.5, 0.1), item("benign", "retention", rose))
+    assert title([record("A", "lora", items)]).endswith("and forgot some of benign")
+
+
+def test_quick_run_claims_nothing():
+    records = pair((0.5, 0.6), (0.5, 0.01))
+    quick = records[0].model_copy(update={"recipe": {**records[0].recipe, "quick": True}})
+    said = headline(name_runs([quick, records[1]]))
+    assert said.quick
+    assert said.title == "Quick run: nothing is claimed"
+    assert (said.runs, said.details) == ((), ())
+    assert "claims nothing" in " ".join(summary_lines([quick]))
+    assert "nothing is claimed" in markdown_table([quick])
+
+
+def test_runs_on_other_models_or_other_rows_are_not_compared():
+    first, second = pair((0.5, 0.6), (0.5, 0.01))
+    other = second.model.model_copy(update={"fingerprint": "ffff"})
+    assert "cannot be compared: the base models differ" in title(
+        [first, second.model_copy(update={"model": other})]
+    )
+    rows = [d.model_copy(update={"fingerprint": "ffff"}) for d in second.data]
+    assert "the rows of sums differ" in title([first, second.model_copy(update={"data": rows})])
+
+
+def test_without_plain_lora_nothing_is_compared():
+    records = pair((0.5, 0.6), (0.5, 0.01))[1:] * 2
+    assert title(records) == "2 runs, and no plain LoRA to hold them against"
+
+
+def test_labels_that_repeat_are_told_apart():
+    first, second = (record("LoRA", "lora", figures(0.5, 0.1), seed=s) for s in (0, 1))
+    assert [r.name for r in name_runs([first, second])] == ["LoRA, seed 0", "LoRA, seed 1"]
+    assert [r.name for r in name_runs([first, first])] == ["LoRA (1)", "LoRA (2)"]
+
+
+def test_two_seeds_are_not_called_one():
+    def says_one_seed(*seeds: int) -> bool:
+        records = [record("LoRA", "lora", figures(0.5, 0.1), seed=seed) for seed in seeds]
+        return any("One seed" in note for note in headline(name_runs(records)).notes)
+
+    assert says_one_seed(0)
+    assert not says_one_seed(0, 1)
+
+
+def test_scaled_down_lora_is_interpolated_at_the_methods_gain():
+    # At scale s: gain 0.8 s, KL 0.8 s². Half way between 0.5 and 1 in gain: KL (0.2 + 0.8) / 2.
+    def at(scale: float) -> tuple:
+        return figures(0.8 * scale, 0.8 * scale**2)
+
+    lora = record("LoRA", "lora", at(1.0), scaled=(EvaluationReport(items=at(0.5), scale=0.5),))
+    runs = name_runs([lora, record("X", "x", figures(0.6, 0.01))])
+    assert any(
+        "has KL 0.500 on capitals (against 0.010)" in d for d in judge(runs[1], runs[0]).details
+    )
+    weak = name_runs([lora, record("X", "x", figures(0.6, 0.6))])
+    assert any("as well or better on 1 of 1" in d for d in judge(weak[1], weak[0]).details)
+    strong = name_runs([lora, record("X", "x", figures(0.85, 0.01))])
+    assert any("No scale of LoRA reaches" in d for d in judge(strong[1], strong[0]).details)
+
+
+def test_summary_fits_in_80_columns_and_carries_no_control_characters():
+    records = realistic_records()
+    records[1] = records[1].model_copy(update={"label": "x" * 300 + "\x1b[31mred\r\n"})
+    lines = summary_lines(records)
+    assert lines
+    assert max(map(len, lines)) <= 80
+    assert not any(ord(c) < 32 for line in lines for c in line)
+
+
+def test_summary_of_no_records_is_empty():
+    assert (summary_lines([]), markdown_table([])) == ([], "")
+
+
+def test_markdown_table_keeps_hostile_names_inside_their_cells():
+    hostile = record("a | b\n| c <img src=x> [l](u) `d`", "lora", figures(0.5, 0.1))
+    lines = markdown_table([hostile]).splitlines()
+    assert lines[0] == "|  | base | a \\| b \\| c &lt;img src=x> \\[l\\](u) \\`d\\` |"
+    assert all(line.replace("\\|", "").count("|") == 4 for line in lines)
+
+
+def test_markdown_table_has_kl_and_nll_first_and_the_base_beside():
+    lines = markdown_table(realistic_records()[:2]).splitlines()
+    assert lines[2].startswith("| Kept: capitals, KL | 0 | 0.630 (")
+    assert lines[3].startswith("| Kept: capitals, NLL | 2.31 (")
+    assert any("56.7 % (53.7 to 59.7) | 48.5 % (−8.2 pts; −11.2 to −5.2)" in x for x in lines)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0046, "0.0046"), (0.63, "0.630"), (4.89, "4.89"), (51.27, "51.3"), (1234.5, "1234"),
+        (0, "0"), (-0.1, "−0.100"), (6.1e-6, "6.1e-6"), (9.96e-4, "0.0010"), (0.0996, "0.100"),
+        (0.9996, "1.00"), (9.996, "10.0"), (math.nan, "–"), (math.inf, "–"),
+    ],
+)  # fmt: skip
+def test_plain_figures_keep_about_three_digits(value, text):
+    assert plain(value) == text
+
+
+def test_shares_are_percents_and_points():
+    assert value_text("f1", 0.635) == "63.5\u00a0%"
+    assert change_text("f1", -0.042) == "−4.2\u00a0pts"
+    assert change_text("f1", 0.0001) == "0.0\u00a0pts"
+    assert change_text("nll", 0.31) == "+0.310"
+    assert (
+        range_text("f1", Estimate(mean=0, low=-0.08, high=0.005, n=9), change=True) == "−8.0 to 0.5"
+    )
+    assert range_text("f1", Estimate(mean=1, low=1, high=1, n=1)) == ""
+
+
+def test_durations_read_as_a_person_says_them():
+    assert [seconds_text(s) for s in (4.21, 125, 11_400)] == ["4.2 s", "2 min 05 s", "3 h 10 min"]
+
+
+def test_clean_replaces_what_cannot_be_shown_or_written():
+    assert clean("a\x00b\x1b[0m\ud800c\r\nd\te") == "a\ufffdb\ufffd[0m\ufffdc\nd\te"
+
+
+def test_nan_figures_are_dashes_and_never_claims():
+    broken = MetricResult(
+        metric="nll", base=None, higher_is_better=False,
+        tuned=Estimate(mean=math.nan, low=math.nan, high=math.nan, n=9),
+        change=Estimate(mean=math.nan, low=math.nan, high=math.nan, n=9),
+    )  # fmt: skip
+    records = [
+        record("A", "lora", (item("sums", "gain", broken), *trade_off((0.1,) * 3, 0.5, 0)[1:]))
+    ]
+    text = "\n".join(summary_lines(records)) + markdown_table(records)
+    assert "nan" not in text.lower()
+    assert title(records).startswith("A gained nothing significant")
