@@ -1,4 +1,4 @@
-"""Writing a file so that a reader, or a kill at any moment, finds the old content or the new, never half."""
+"""Write a file so that a reader, even after a kill, finds it old or new, never half written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The exceptions that forgetless raises for a user's mistake: one family, so that one `except` catches all.
+"""The exceptions that forgetless raises for a user's mistake.
+
+They are one family, so that one `except` catches them all.
 
 Every message is one line: where, what was expected, what came, what to do. The command line prints
 it without a traceback and exits with status 2.
@@ -6,7 +8,7 @@ it without a traceback and exits with status 2.
 
 
 class ForgetlessError(ValueError):
-    """Something in the input, the data or a file on disk is wrong, and the message says what to do."""
+    """Something in the input, the data or a file on disk is wrong; the message says what to do."""
 
 
 class RecipeError(ForgetlessError):

@@ -150,8 +150,12 @@ def test_an_export_is_what_servers_accept(
     config = LoraConfig.from_pretrained(str(tmp_path))
     assert (config.r, config.lora_alpha) == (8, 8)  # rank 4, form both: 2r
     assert config.init_lora_weights is True
-    assert not (config.rank_pattern or config.alpha_pattern or config.modules_to_save)
-    assert not (config.use_rslora or config.use_dora or config.lora_bias)
+    assert not config.rank_pattern
+    assert not config.alpha_pattern
+    assert not config.modules_to_save
+    assert not config.use_rslora
+    assert not config.use_dora
+    assert not config.lora_bias
     assert set(config.target_modules) == {
         "q_proj",
         "k_proj",

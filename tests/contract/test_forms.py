@@ -1,4 +1,4 @@
-"""Every form: exact start, base untouched, frozen side frozen, equal to the papers' residual form."""
+"""Every form starts exactly, keeps base and frozen side, and equals the papers' residual form."""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -38,7 +40,7 @@ def test_moment_ignores_how_tokens_are_batched(cuts: list[int], seed: int) -> No
     whole.add_(x)
     parts = SecondMoment.zeros(5)
     edges = [0, *sorted(cuts), 40]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         piece = SecondMoment.zeros(5)
         piece.add_(x[start:stop])
         parts.merge_(piece)

@@ -110,9 +110,10 @@ def test_a_method_is_deterministic_under_its_generator(name: str) -> None:
 def test_a_method_says_what_it_lacks(name: str) -> None:
     method = make_method(name, rank=2)
     for role in method.needs:
+        kept = {other: moment_of(random(9, 5)) for other in method.needs - {role}}
+        layer, stats = LayerWeights("l", random(6, 5)), SiteStatistics(**kept)
         with pytest.raises(MethodError, match=f"moment of {role} data"):
-            kept = {other: moment_of(random(9, 5)) for other in method.needs - {role}}
-            method.init(LayerWeights("l", random(6, 5)), SiteStatistics(**kept), generator())
+            method.init(layer, stats, generator())
 
 
 @pytest.mark.parametrize(

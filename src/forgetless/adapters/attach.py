@@ -87,7 +87,8 @@ def attach(
         preserve_data: What must not be forgotten: a data spec, path, hub id, `datasets.Dataset`,
             list of strings, or "self". Only for methods that need it.
         train_data: What is to be learned; only for methods that need it.
-        targets: Module names as in PEFT's `target_modules`; every linear layer but the head by default.
+        targets: Module names as in PEFT's `target_modules`; by default every linear layer but the
+            head.
         batch_size: Rows in a calibration forward pass; the result does not depend on it.
         min_tokens: Fewest preserve tokens to accept, in place of the widest site's width.
         cache: Folder to keep second moments and `self` samples in; none by default.
@@ -261,7 +262,8 @@ def check_token_count(moments: SiteMoments, role: str, min_tokens: int | None = 
     if moments.num_tokens < 4 * width:
         warnings.warn(
             f"calibration: {moments.num_tokens} {role} tokens for site {site}, {width} wide: under "
-            f"four times the width ({4 * width}), directions that other {role} data use may look empty",
+            f"four times the width ({4 * width}), directions that other {role} data use may look "
+            "empty",
             ForgetlessWarning,
             stacklevel=2,
         )

@@ -1,4 +1,4 @@
-"""Export: a plain LoRA adapter that every engine serves, or a merged model; with a round-trip check."""
+"""Export a plain LoRA adapter that every engine serves, or a merged model; check the round trip."""
 
 # Shape letters in this file: D = layer input width, O = layer output width, R = rank.
 

@@ -1,4 +1,6 @@
-"""The four ways to hold an adapter in a PEFT layer: plain, a, b, both. All start exactly at the base.
+"""The four ways to hold an adapter in a PEFT layer: plain, a, b and both.
+
+All of them start exactly at the base.
 
 | form | PEFT holds | ΔW, without the scale |
 |---|---|---|
@@ -35,7 +37,7 @@ class Form(ABC):
     frozen: ClassVar[tuple[str, ...]]
 
     def start(self, layer: LoraLayer, adapter: str, init: AdapterInit) -> None:
-        """Put (A0, B0) into a layer made by PEFT, so that ΔW = 0 exactly, and freeze what must be."""
+        """Put (A0, B0) into a layer made by PEFT, with ΔW = 0 exactly, and freeze what must be."""
         with torch.no_grad():
             self._fill(layer, adapter, init)
         # The layer's own dict, never the class-level one: PEFT re-applies it in set_adapter and
@@ -50,7 +52,7 @@ class Form(ABC):
     def _fill(self, layer: LoraLayer, adapter: str, init: AdapterInit) -> None: ...
 
     def deviation(self, layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
-        """A and B with ΔW = B A before scaling, in the adapter's dtype; rank R, or 2R for `both`."""
+        """A and B with ΔW = B A before scaling, in the adapter's dtype; rank R (2R for `both`)."""
         return layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach()
 
 

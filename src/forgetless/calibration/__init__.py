@@ -1,1 +1,1 @@
-"""Drive a base model over data and fill second moments, once per tensor that feeds target layers."""
+"""Drive a base model over data and fill second moments, one per tensor that feeds target layers."""

@@ -1,4 +1,4 @@
-"""Collect second moments: one forward pass of the base over batches, no head, no cache, no gradient."""
+"""Collect second moments in one forward pass of the base: no head, no cache, no gradient."""
 
 # Shape letters in this file: B = rows, T = positions, D = layer input width, N = kept tokens.
 
@@ -128,6 +128,6 @@ class _Collector:
         position = int(self._kept_N[bad])
         row = self._batch.index[position // self._batch.kept_BT.shape[1]]
         raise CalibrationError(
-            f"calibration: the input of layer {site} is NaN or inf at row {row} of the data (from 0); "
-            "remove that row, or load the model in float32 or bfloat16"
+            f"calibration: the input of layer {site} is NaN or inf at row {row} of the data "
+            "(from 0); remove that row, or load the model in float32 or bfloat16"
         )

@@ -1,4 +1,4 @@
-"""Second moments on disk: safetensors under a fingerprint; re-used when all of it matches, else not."""
+"""Second moments on disk: safetensors under a fingerprint, re-used only when all of it matches."""
 
 from __future__ import annotations
 

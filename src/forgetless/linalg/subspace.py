@@ -1,6 +1,6 @@
 """Subspaces picked by second moments: where preserve data are weak, where train data are strong."""
 
-# Shape letters in this file: D = layer input width, O = layer output width, R = rank, K = min(D, O).
+# Shape letters: D = layer input width, O = layer output width, R = rank, K = min(D, O).
 
 from __future__ import annotations
 

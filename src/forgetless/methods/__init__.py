@@ -1,4 +1,4 @@
-"""One paper, one file; `METHODS` is the list of them, and `make_method` builds one from a recipe."""
+"""One paper, one file; `METHODS` lists them, and `make_method` builds one from a recipe."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def make_method(method: MethodInput, rank: int | None = None) -> Method:
         rank: Shorthand for the option of that name; must not contradict it.
 
     Raises:
-        MethodError: Unknown name or option (the nearest known one is named), or a value out of range.
+        MethodError: Unknown name or option (the nearest known one is named), or a value out of
+            range.
     """
     if isinstance(method, Method):
         if rank is not None and rank != method.rank:

@@ -1,4 +1,4 @@
-"""What a method is: from a layer's weight and its site's second moments to (A0, B0) and what trains."""
+"""A method turns a layer's weight and its site's moments into (A0, B0), and says what trains."""
 
 # Shape letters: O = layer output width, D = layer input width, R = rank.
 
@@ -63,10 +63,10 @@ class AdapterInit:
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """A way to start an adapter, and what then trains. Subclasses are frozen dataclasses of options.
+    """A way to start an adapter, and what then trains.
 
-    Class attributes tell the rest of the product what it must know: no other module asks for a
-    method by its name.
+    Subclasses are frozen dataclasses of options. Class attributes tell the rest of the product what
+    it must know: no other module asks for a method by its name.
 
     Attributes:
         rank: R.

@@ -46,8 +46,8 @@ class LoRANull(Method):
     title: ClassVar[str] = "A starts in the null space of preserve activations"
     paper: ClassVar[str] = "LoRA-Null, arXiv:2503.02659"
     promise: ClassVar[str] = (
-        "trains: b keeps every layer's output on inputs like the preserve data, whatever B becomes; "
-        "trains: both only starts there"
+        "trains: b keeps every layer's output on inputs like the preserve data, whatever B "
+        "becomes; trains: both only starts there"
     )
     uses_bottom_directions: ClassVar[bool] = True
 
@@ -85,8 +85,8 @@ class LoRANull(Method):
     def learning_rate_source(self) -> str:
         """Source of the default rate."""
         return (
-            "measured on SmolLM2-135M, rank 32 (docs/results.md); the authors use 2e-5 on 7B models "
-            "at rank 128"
+            "measured on SmolLM2-135M, rank 32 (docs/results.md); the authors use 2e-5 on 7B "
+            "models at rank 128"
         )
 
     def init(

@@ -1,8 +1,9 @@
 """SC-LoRA: S = top-R eigenvectors of (1-β) E_train[h hᵀ] - β E_preserve[h hᵀ]; B0 = S, A0 = Sᵀ W.
 
-Source: arXiv:2505.23724, Alg. 1. Deviations: moments per token and of equal trace (the authors divide by
-samples and by each sample's signed maximum; `normalisation: samples` restores the former, `tokens`
-leaves the traces alone); the base keeps its weights, and the adapter holds the deviation from B0 A0.
+Source: arXiv:2505.23724, Alg. 1. Deviations: moments per token and of equal trace (the authors
+divide by samples and by each sample's signed maximum; `normalisation: samples` restores the former,
+`tokens` leaves the traces alone); the base keeps its weights, and the adapter holds the deviation
+from B0 A0.
 """
 
 # Shape letters: O = layer output width, D = layer input width, R = rank.
@@ -90,8 +91,8 @@ class SCLoRA(Method):
     def learning_rate_source(self) -> str:
         """Source of the default rate."""
         return (
-            "measured on SmolLM2-135M, rank 32 (docs/results.md); the authors use 2e-5 on 7B models "
-            "at rank 128"
+            "measured on SmolLM2-135M, rank 32 (docs/results.md); the authors use 2e-5 on 7B "
+            "models at rank 128"
         )
 
     def init(
@@ -100,10 +101,14 @@ class SCLoRA(Method):
         """B0 = S and A0 = Sᵀ W; counts how many directions earn a positive reward."""
         contrast: Tensor | None = None
         augmented = layer.weight_OD
-        for role, weight in (("train", 1 - self.beta), ("preserve", -self.beta)):
+        sides: tuple[tuple[Role, float], ...] = (
+            ("train", 1 - self.beta),
+            ("preserve", -self.beta),
+        )
+        for role, weight in sides:
             if weight == 0:
                 continue
-            augmented, moment = self._normalised(layer, stats.of(role, layer.name))  # type: ignore[arg-type]
+            augmented, moment = self._normalised(layer, stats.of(role, layer.name))
             contrast = weight * moment if contrast is None else contrast + weight * moment
         assert contrast is not None  # beta cannot be 0 and 1
         found = contrast_basis(augmented, contrast, self.rank)

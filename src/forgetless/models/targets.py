@@ -97,8 +97,8 @@ def find_targets(model: nn.Module, patterns: Sequence[str] | None = None) -> Tar
         if module is head:
             if matched:
                 raise AdapterError(
-                    f"targets: {matched[0]!r} names the output head {name}; leave it out: TRL's loss "
-                    "and most servers ignore an adapter there"
+                    f"targets: {matched[0]!r} names the output head {name}; leave it out: TRL's "
+                    "loss and most servers ignore an adapter there"
                 )
             skipped[name] = "output head"
         elif widths is None:
@@ -110,8 +110,8 @@ def find_targets(model: nn.Module, patterns: Sequence[str] | None = None) -> Tar
             unmatched.difference_update(matched)
     if unmatched:
         raise AdapterError(
-            f"targets: {sorted(unmatched)[0]!r} matches no linear layer; name modules by their last "
-            f"part, such as {sorted({n.rpartition('.')[2] for n in _linear_names(base)})}"
+            f"targets: {sorted(unmatched)[0]!r} matches no linear layer; name modules by their "
+            f"last part, such as {sorted({n.rpartition('.')[2] for n in _linear_names(base)})}"
         )
     if not targets:
         raise AdapterError("targets: the model has no linear layer besides its output head")

@@ -1,0 +1,236 @@
+"""The command line: verbs, parsing and printing only.
+
+Results go to standard output, progress to standard error. Exit status: 0 done, 2 a mistake in the
+input (one line says which), 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+import forgetless
+from forgetless.errors import ForgetlessError
+
+if TYPE_CHECKING:
+    from forgetless.experiments.record import Record
+
+app = typer.Typer(
+    name="forgetless",
+    help="Fine-tune a language model without it forgetting what it knew, with proof.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipePath = Annotated[Path, typer.Argument(help="A YAML recipe; see recipes/ for examples.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Recipe keys to change: training.epochs=2 method.rank=16", metavar="KEY=VALUE"
+    ),
+]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: a user's mistake is one line and status 2, Ctrl-C status 130."""
+    try:
+        app(args=arguments)
+    except ForgetlessError as error:
+        sys.stderr.write(f"forgetless: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@app.callback(invoke_without_command=True)
+def _top(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        _print(forgetless.__version__)
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Two minutes; shows the way, claims nothing.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option(help="Folder for data, runs and report.")] = None,
+) -> None:
+    """Fine-tune a small model twice, plain LoRA and LoRA-Null, and compare what they forgot."""
+    from forgetless.console import TerminalProgress
+    from forgetless.experiments.demo import run_demo
+
+    folder = output or Path("forgetless-demo-quick" if quick else "forgetless-demo")
+    result = run_demo(folder, quick=quick, progress=TerminalProgress(), resume=_again())
+    _print_summary(result.records)
+    _print(
+        f"\nReport: {result.report}\n\n"
+        "The same with your own data: the demo's recipes are plain YAML files,\n"
+        f"  {folder}/lora-null.yaml\n"
+        "Change model, train_data and preserve_data in a copy, then\n"
+        "  forgetless run my-recipe.yaml output=runs/mine\n"
+    )
+
+
+@app.command()
+def run(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Calibrate, initialise, train, measure, report and export: all that a recipe asks for."""
+    from forgetless.console import TerminalProgress
+    from forgetless.experiments.record import load_record
+    from forgetless.experiments.run import run as run_recipe
+    from forgetless.recipe import load_recipe
+
+    made = load_recipe(recipe, overrides or ())
+    path = run_recipe(made, progress=TerminalProgress(), resume=_again())
+    _print_summary([load_record(path)])
+    _print(f"\nReport:  {path.parent / 'report.html'}\nAdapter: {path.parent / 'adapter'}")
+
+
+@app.command()
+def calibrate(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Collect second moments only; they are cached, and a later run re-uses them."""
+    from forgetless.console import TerminalProgress
+    from forgetless.experiments.run import calibrate_only
+    from forgetless.recipe import load_recipe
+
+    attached = calibrate_only(
+        load_recipe(recipe, overrides or ()), progress=TerminalProgress(), resume=_again()
+    )
+    for role, found in attached.moments.items():
+        widest = max(moment.width for moment in found.moments.values())
+        _print(
+            f"{role}: {found.num_tokens} tokens at {len(found.moments)} sites, the widest {widest}"
+        )
+    if not attached.moments:
+        _print(f"method {attached.method.name} needs no calibration")
+
+
+@app.command()
+def train(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Train only; a later run of the same recipe goes on with the evaluation."""
+    from forgetless.console import TerminalProgress
+    from forgetless.experiments.run import train_only
+    from forgetless.recipe import load_recipe
+
+    facts = train_only(
+        load_recipe(recipe, overrides or ()), progress=TerminalProgress(), resume=_again()
+    )
+    last = f", last loss {facts.curve[-1].loss:.3f}" if facts.curve else ""
+    _print(f"{facts.steps} steps, {facts.tokens} tokens{last}")
+    if facts.validation_nll is not None:
+        _print(f"validation NLL {facts.validation_nll:.4f}")
+
+
+@app.command()
+def evaluate(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Adapter folder: any PEFT LoRA on the recipe's model.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Also write all figures here, as JSON.")
+    ] = None,
+) -> None:
+    """Measure an adapter that somebody trained, with a recipe's model and evaluation items."""
+    from forgetless.console import TerminalProgress
+    from forgetless.experiments.markdown import evaluation_table
+    from forgetless.experiments.measure_adapter import measure_adapter
+    from forgetless.recipe import load_recipe
+
+    made = load_recipe(recipe, overrides or ())
+    folder = adapter or made.output / "adapter"
+    reports = measure_adapter(made, folder, progress=TerminalProgress(), output=output)
+    _print(evaluation_table(reports))
+    if output is not None:
+        _print(f"\nFigures: {output}")
+
+
+@app.command()
+def report(
+    records: Annotated[list[Path], typer.Argument(help="record.json files, or run folders.")],
+    output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
+) -> None:
+    """Write one self-contained HTML report of one or several finished runs."""
+    from forgetless.experiments.record import load_record
+    from forgetless.experiments.report import write_report
+
+    found = [load_record(p / "record.json" if p.is_dir() else p) for p in records]
+    _print_summary(found)
+    _print(f"\nReport: {write_report(found, output)}")
+
+
+@app.command(name="export")
+def export_adapter(
+    adapter: Annotated[Path, typer.Argument(help="Adapter, checkpoint or run folder.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+    model: Annotated[
+        str | None, typer.Option(help="Base model; the adapter's own by default.")
+    ] = None,
+    scale: Annotated[float, typer.Option(help="Factor on the update.")] = 1.0,
+    merge: Annotated[bool, typer.Option("--merge", help="Write a merged model instead.")] = False,
+) -> None:
+    """Write a plain LoRA adapter that loads with peft alone, and check it by loading it again."""
+    from forgetless.console import TerminalProgress
+    from forgetless.experiments.exporting import export_folder
+
+    done = export_folder(
+        adapter, output, model=model, scale=scale, merge=merge, progress=TerminalProgress()
+    )
+    kind = "merged model" if merge else f"LoRA of rank {done.rank}"
+    _print(f"{kind}: {output}")
+    _print(
+        f"reloaded: logits differ by at most {done.check.max_difference:.2e} "
+        f"(largest logit {done.check.max_logit:.1f})"
+    )
+
+
+@app.command()
+def methods() -> None:
+    """List the methods: paper, what data they need, what they promise, default learning rate."""
+    from forgetless.methods import METHODS
+
+    for name, kind in METHODS.items():
+        made = kind()
+        needs = ", ".join(sorted(made.needs)) or "no"
+        _print(f"{name}\n  {made.title}\n  source   {made.paper}\n  needs    {needs} data")
+        _print(_wrapped("promise", made.promise))
+        options = ", ".join(f for f in kind.__dataclass_fields__)
+        _print(_wrapped("options", options))
+        _print(_wrapped("rate", f"{made.default_learning_rate:g}: {made.learning_rate_source}"))
+        _print("")
+
+
+def _wrapped(label: str, text: str) -> str:
+    import textwrap
+
+    return textwrap.fill(
+        text, 79, initial_indent=f"  {label:<9}", subsequent_indent=" " * 11, break_on_hyphens=False
+    )
+
+
+def _print_summary(records: Sequence[Record]) -> None:
+    from forgetless.experiments.report import summary_lines
+
+    _print("")
+    for line in summary_lines(records):
+        _print(line)
+
+
+def _print(text: str) -> None:
+    Console(highlight=False, soft_wrap=True, markup=False).print(text)
+
+
+def _again() -> str:
+    """The command that the user typed, to type again."""
+    return shlex.join(["forgetless", *sys.argv[1:]])

@@ -1,0 +1,319 @@
+"""The YAML recipe of a run: what to train on what, how, and what to measure.
+
+A recipe is read, overridden and checked as a whole before anything is loaded, so that a mistake in
+its last line costs a second and not an hour.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
+
+from forgetless.data.spec import DataSpec, parse_data
+from forgetless.data.validation import key_path, shortened, validated
+from forgetless.errors import ForgetlessError, RecipeError
+from forgetless.evaluation.items import EvaluationItem
+from forgetless.evaluation.parse import parse_items
+from forgetless.methods import make_method
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class CalibrationRecipe(_Part):
+    """How second moments are collected.
+
+    Attributes:
+        batch_size: Rows a forward pass; the moments do not depend on it.
+        min_tokens: Kept tokens below which calibration is refused; the width of the widest site
+            where it is not given, for methods that use bottom directions.
+        cache: Whether moments are kept under their fingerprint and taken from there.
+    """
+
+    batch_size: int = Field(default=8, ge=1)
+    min_tokens: int | None = Field(default=None, ge=1)
+    cache: bool = True
+
+
+class TrainingRecipe(_Part):
+    """How the adapter is trained.
+
+    Attributes:
+        learning_rate: Peak rate; the method's default where it is not given.
+        epochs: Passes over the train data; `max_steps` overrides it.
+        max_steps: Optimiser steps.
+        batch_size: Rows a forward pass.
+        gradient_accumulation: Forward passes an optimiser step.
+        gradient_checkpointing: Less memory for more time.
+        warmup_ratio: Fraction of the steps in which the rate rises from 0.
+        weight_decay: Towards the base model; the method's default where it is not given.
+        max_grad_norm: Gradients are clipped to this norm; 0 for no clipping.
+        scheduler: The rate after warm-up.
+        save_steps: Optimiser steps between checkpoints.
+        logging_steps: Optimiser steps between logged losses.
+        report_to: Integrations of transformers: `tensorboard`, `wandb`, …
+        validation_rows: Rows held out of the train data for a validation NLL.
+        bf16: Train under bf16 autocast; where not given, where the hardware is fast at it and
+            `dtype` does not ask for float32.
+    """
+
+    learning_rate: float | None = Field(default=None, gt=0)
+    epochs: float = Field(default=1.0, gt=0)
+    max_steps: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=8, ge=1)
+    gradient_accumulation: int = Field(default=1, ge=1)
+    gradient_checkpointing: bool = False
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
+    weight_decay: float | None = Field(default=None, ge=0)
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    save_steps: int = Field(default=50, ge=1)
+    logging_steps: int = Field(default=5, ge=1)
+    report_to: tuple[str, ...] = ()
+    validation_rows: int = Field(default=0, ge=0)
+    bf16: bool | None = None
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_or_several(cls, report_to: object) -> object:
+        return (report_to,) if isinstance(report_to, str) else report_to
+
+
+# What a list of items may hold in YAML; the model validator below makes items of all of it.
+_Items = Annotated[
+    list[EvaluationItem],
+    BeforeValidator(lambda items: items, json_schema_input_type=list[str | EvaluationItem]),
+]
+
+
+class EvaluationRecipe(_Part):
+    """What is measured.
+
+    Attributes:
+        gain: Held-out data of the train task; metrics `nll` unless given.
+        retention: Held-out data of what must be kept; metrics `nll` and `kl` unless given.
+        scales: Factors on ΔW at which the same adapter is measured too.
+        samples: Prompts an item for which base and tuned generations are kept.
+    """
+
+    gain: _Items = []
+    retention: _Items = []
+    scales: list[Annotated[float, Field(gt=0)]] = []
+    samples: int = Field(default=3, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _make_items(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        gain, retention = (value.get(side) or [] for side in ("gain", "retention"))
+        try:
+            pairs = parse_items(gain, retention)
+        except ForgetlessError as failure:
+            raise RecipeError(f"evaluation.{failure}") from None
+        sides = {side: [item for of, item in pairs if of == side] for side in ("gain", "retention")}
+        return value | sides
+
+
+def _parse_named(where: str) -> BeforeValidator:
+    return BeforeValidator(
+        lambda value: parse_data(value, strings="spec", where=where),
+        json_schema_input_type=str | DataSpec | list[str | DataSpec],
+    )
+
+
+class Recipe(_Part):
+    """One run.
+
+    Attributes:
+        model: Hub id, path, or `demo`.
+        revision: Commit or tag of a hub model.
+        trust_remote_code: Whether code that comes with a model may run.
+        dtype: Of the base model; `auto` is what the hardware is good at.
+        device: Where it runs; `auto` is one GPU, else MPS, else the CPU.
+        method: `name` and options, as `forgetless methods` lists them; a name alone will do.
+        train_data: What to learn.
+        preserve_data: What must not be forgotten.
+        targets: Patterns of layer names; every linear layer but the head where not given.
+        calibration: How second moments are collected.
+        training: How the adapter is trained.
+        evaluation: What is measured.
+        seed: Of everything that is drawn, but for the data, which have their own.
+        output: Folder of the run.
+        label: Name in reports; the method's where it is not given.
+    """
+
+    model: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    method: dict[str, Any]
+    train_data: Annotated[list[DataSpec], _parse_named("train_data")] = Field(min_length=1)
+    preserve_data: Annotated[list[DataSpec], _parse_named("preserve_data")] = []
+    targets: list[str] | None = None
+    calibration: CalibrationRecipe = CalibrationRecipe()
+    training: TrainingRecipe = TrainingRecipe()
+    evaluation: EvaluationRecipe = EvaluationRecipe()
+    seed: int = Field(default=0, ge=0)
+    output: Path
+    label: str | None = None
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _known_method(cls, method: object) -> object:
+        options = {"name": method} if isinstance(method, str) else method
+        if isinstance(options, dict):
+            make_method(options)
+        return options
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _one_or_several(cls, targets: object) -> object:
+        return [targets] if isinstance(targets, str) else targets
+
+    @model_validator(mode="after")
+    def _data_that_the_method_needs(self) -> Self:
+        if "preserve" in make_method(self.method).needs and not self.preserve_data:
+            raise RecipeError(
+                f"preserve_data: expected data, as the method {self.method['name']} calibrates on "
+                "it, got none; name what must be kept, or `preserve_data: self`"
+            )
+        return self
+
+    def resolved(self) -> dict[str, Any]:
+        """All keys with all defaults as plain values; it loads as the same recipe."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, apply overrides, and check all of it.
+
+    Paths in it are relative to the working directory.
+
+    Args:
+        path: A YAML file.
+        overrides: `key.path=value` with a YAML value; list entries by number:
+            `evaluation.gain.0.limit=10`.
+
+    Raises:
+        RecipeError: The file, an override or a key is wrong: one line that names the key path.
+    """
+    path = Path(path)
+    tree = _read_yaml(path)
+    if isinstance(tree.get("method"), str):
+        tree["method"] = {"name": tree["method"]}
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return validated(Recipe, tree)
+    except ForgetlessError as failure:
+        raise RecipeError(f"{path}: {failure}") from None
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of a recipe, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Recipe.model_json_schema()
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads `1e-3` as a number and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """A mapping whose keys are all different."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key `{key.value}` is given twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+# YAML 1.1, which PyYAML speaks, wants a point in a float: without this, 1e-3 is text.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+"),
+    list("-+0123456789"),
+)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_Loader)
+    except UnicodeDecodeError as failure:
+        raise RecipeError(f"{path}: expected UTF-8 text ({failure.reason})") from None
+    except OSError as failure:
+        raise RecipeError(f"{path}: could not be read ({failure.strerror})") from None
+    except yaml.YAMLError as failure:
+        raise RecipeError(f"{path}: {_yaml_fault(failure)}") from None
+    if not isinstance(tree, dict):
+        raise RecipeError(
+            f"{path}: expected a mapping of recipe keys, got {shortened(tree)}; see recipes/"
+        )
+    return tree
+
+
+def _yaml_fault(failure: yaml.YAMLError) -> str:
+    if isinstance(failure, yaml.MarkedYAMLError) and failure.problem_mark is not None:
+        return f"line {failure.problem_mark.line + 1}: not a valid recipe: {failure.problem}"
+    return f"not YAML ({' '.join(str(failure).split())[:120]})"
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    """Set one key of the tree; mappings on the way are made where there are none."""
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise RecipeError(f"override {override!r}: expected key.path=value, got no such pair")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as failure:
+        raise RecipeError(
+            f"override {override!r}: {_yaml_fault(failure)}; quote the value"
+        ) from None
+    node: Any = tree
+    for depth, key in enumerate(keys):
+        is_last = depth == len(keys) - 1
+        if isinstance(node, list):
+            index = _index(node, key, keys[:depth], override)
+            if is_last:
+                node[index] = value
+            else:
+                node = node[index]
+        elif isinstance(node, dict):
+            if is_last:
+                node[key] = value
+            else:
+                if node.get(key) is None:
+                    node[key] = {}
+                node = node[key]
+        else:
+            raise RecipeError(
+                f"override {override!r}: expected a mapping or a list at {key_path(*keys[:depth])}"
+                f", got {shortened(node)}; override that key as a whole"
+            )
+
+
+def _index(node: list[Any], key: str, parents: Sequence[str], override: str) -> int:
+    if not key.isdecimal() or int(key) >= len(node):
+        raise RecipeError(
+            f"override {override!r}: expected a number from 0 to {len(node) - 1} behind "
+            f"{key_path(*parents)}, which is a list, got {key!r}"
+        )
+    return int(key)
