@@ -1,9 +1,9 @@
-"""The table of docs/results.md: methods at two learning rates each, on GSM8K and NQ-open, small runs.
+"""The table of docs/results.md: methods at two learning rates each, small runs.
 
     python benchmarks/small_runs.py DATA OUTPUT [--only LABEL ...]
 
-DATA holds gsm8k_train.jsonl, gsm8k_test.jsonl, nq_open_dev.jsonl and webquestions_train.jsonl. Finished
-runs are skipped and broken ones resumed: stop it whenever you like and run it again.
+DATA holds gsm8k_train.jsonl, gsm8k_test.jsonl, nq_open_dev.jsonl and webquestions_train.jsonl.
+Finished runs are skipped and broken ones resumed: stop it whenever you like and run it again.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from pathlib import Path
 
 from forgetless.console import TerminalProgress
 from forgetless.data.demo import demo_specs
+from forgetless.evaluation.items import EvaluationItem
 from forgetless.experiments.markdown import markdown_table
 from forgetless.experiments.record import load_record
 from forgetless.experiments.report import write_report
 from forgetless.experiments.run import run
-from forgetless.recipe import load_recipe
+from forgetless.recipe import Recipe, load_recipe
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "gsm8k.yaml"
 METHODS = {
@@ -53,17 +54,27 @@ def main() -> None:
                 f"evaluation.gain.0.path={arguments.data / 'gsm8k_test.jsonl'}",
                 f"evaluation.retention.0.path={arguments.data / 'nq_open_dev.jsonl'}",
                 f"evaluation.retention.1.path={arguments.data / 'webquestions_train.jsonl'}",
-                f"evaluation.retention.3={{name: world facts, path: {facts}, limit: 100, "
-                "metrics: [kl, nll, greedy_match]}",
                 # The free baseline: plain LoRA's own update, turned down.
                 f"evaluation.scales={[0.3, 0.6] if label == 'lora 0.001' else []}",
                 f"output={folder}",
             ]
             print(f"== {label}", flush=True)
-            records.append(load_record(run(load_recipe(RECIPE, overrides), progress=TerminalProgress())))
+            records.append(
+                load_record(run(load_recipe(RECIPE, overrides), progress=TerminalProgress()))
+            )
             (arguments.output / "table.md").write_text(markdown_table(records))
     write_report(records, arguments.output / "report.html")
     print(markdown_table(records))
+
+
+def with_facts(recipe: Recipe, facts: Path) -> Recipe:
+    """The recipe with world facts as one more retention item."""
+    item = EvaluationItem(
+        name="world facts", path=facts, limit=100, metrics=("kl", "nll", "greedy_match")
+    )
+    retention = [*recipe.evaluation.retention, item]
+    evaluation = recipe.evaluation.model_copy(update={"retention": retention})
+    return recipe.model_copy(update={"evaluation": evaluation})
 
 
 if __name__ == "__main__":

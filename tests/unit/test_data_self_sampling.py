@@ -165,11 +165,21 @@ def test_the_cache_is_used_for_the_same_model_and_settings_only(
     )
     other = make_tiny_model(seed=1)
     assert sample(other, tiny_tokenizer, cache=tmp_path)[0].text != "from the cache"
-    for change in ({"seed": 6}, {"max_length": 17}, {"rows": 2}, {"batch_size": 5}):
+    for change in ({"seed": 6}, {"max_length": 17}, {"batch_size": 5}):
         assert sample(model, tiny_tokenizer, cache=tmp_path, **change)[0].text != "from the cache"
     tiny_tokenizer.chat_template = None
     assert sample(model, tiny_tokenizer, cache=tmp_path)[0].text != "from the cache"
     assert first == sample(make_tiny_model(), _with_template(tiny_tokenizer))
+
+
+def test_more_rows_go_on_from_the_kept_ones(
+    tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    fresh = sample(tiny_model, tiny_tokenizer, rows=7)
+    assert sample(tiny_model, tiny_tokenizer, rows=2, cache=tmp_path) == fresh[:2]
+    assert sample(tiny_model, tiny_tokenizer, rows=7, cache=tmp_path) == fresh
+    assert sample(tiny_model, tiny_tokenizer, rows=3, cache=tmp_path) == fresh[:3]
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def _with_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -35,7 +35,7 @@ class DemoSizes:
     evaluation_facts: int
 
 
-FULL = DemoSizes(train=208, gain_test=100, calibration_facts=192, evaluation_facts=210)
+FULL = DemoSizes(train=192, gain_test=80, calibration_facts=192, evaluation_facts=200)
 QUICK = DemoSizes(train=44, gain_test=12, calibration_facts=64, evaluation_facts=24)
 # Shorter than the chat template's own, which would be half of every row's tokens.
 _SYSTEM = {"role": "system", "content": "You are a helpful assistant."}

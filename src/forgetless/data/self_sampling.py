@@ -23,10 +23,10 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from forgetless.atomic import write_atomically
 from forgetless.data.rows import Row
 from forgetless.data.tokens import pad_token_id
-from forgetless.errors import DataError
+from forgetless.errors import DataError, ForgetlessWarning
 from forgetless.models.fingerprint import model_fingerprint
 
-_FORMAT = 1  # raise it when sampling changes: older cache files then no longer match
+_FORMAT = 2  # raise it when sampling changes: older cache files then no longer match
 _MARK = "\N{BLACK SQUARE}user text\N{BLACK SQUARE}"
 
 
@@ -73,25 +73,24 @@ def sample_self(
         "format": _FORMAT,
         "model": model_fingerprint(model),
         "prefix": prefix,
-        "rows": rows,
         "max_length": max_length,
         "seed": seed,
         "batch_size": batch_size,
     }
     file = None if cache is None else cache / f"self-{_digest(settings)}.json"
-    texts = None if file is None else _read(file, settings)
-    if texts is None:
-        texts = []
-        with _sampling(model, seed) as base:
+    texts = [] if file is None else _read(file, settings)
+    if len(texts) < rows:
+        with _sampling(model) as base:
             while len(texts) < rows:
-                # Always whole batches: the draws do not depend on how many rows are asked for.
+                # Whole batches, each under a seed of its own: the draws depend neither on how many
+                # rows are asked for nor on how many were kept.
+                torch.manual_seed(seed * 1_000_003 + len(texts) // batch_size)
                 texts += _batch(base, tokenizer, prefix_ids, batch_size, max_length)
                 if progress is not None:
                     progress(min(len(texts), rows), rows)
-        texts = texts[:rows]
         if file is not None:
             _write(file, settings, texts)
-    return [Row(prompt="", completion=text, answers=(), templated=True) for text in texts]
+    return [Row(prompt="", completion=text, answers=(), templated=True) for text in texts[:rows]]
 
 
 def _prefix(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -114,8 +113,8 @@ def _prefix(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 @contextlib.contextmanager
-def _sampling(model: PreTrainedModel | PeftModel, seed: int) -> Iterator[PreTrainedModel]:
-    """The bare base model in eval mode, under a seed of its own, with plain sampling settings."""
+def _sampling(model: PreTrainedModel | PeftModel) -> Iterator[PreTrainedModel]:
+    """The bare base model in eval mode, with plain sampling settings; random state restored."""
     modes = {module: module.training for module in model.modules()}
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
     adapter_off: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
@@ -129,7 +128,6 @@ def _sampling(model: PreTrainedModel | PeftModel, seed: int) -> Iterator[PreTrai
     settings = base.generation_config
     try:
         with torch.random.fork_rng(devices=devices), adapter_off, torch.no_grad():
-            torch.manual_seed(seed)
             model.eval()
             base.generation_config = GenerationConfig(
                 do_sample=True, temperature=1.0, top_k=0, top_p=1.0
@@ -159,39 +157,48 @@ def _batch(
         max_length=max_length,
         pad_token_id=pad_token_id(tokenizer),
     )
-    return [
-        # A row may end inside a character of several bytes: that token has no text.
-        tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False).rstrip(
-            "\N{REPLACEMENT CHARACTER}"
-        )
-        for ids in sampled_BT.tolist()
-    ]
+    return [_text(tokenizer, ids, max_length) for ids in sampled_BT.tolist()]
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int], max_length: int) -> str:
+    """Text of sampled tokens that is no longer than `max_length` when it is tokenised again."""
+    for end in range(len(ids), 0, -1):
+        text = str(
+            tokenizer.decode(
+                ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+        ).rstrip("\N{REPLACEMENT CHARACTER}")  # the end may cut a character of several bytes
+        if len(tokenizer(text, add_special_tokens=False)["input_ids"]) <= max_length:
+            return text
+    return ""
 
 
 def _digest(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _read(file: Path, settings: dict[str, Any]) -> list[str] | None:
-    """Texts of a cache file that belongs to these settings and is whole; None otherwise."""
+def _read(file: Path, settings: dict[str, Any]) -> list[str]:
+    """Texts of a cache file that belongs to these settings and is whole; none otherwise."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return None
+        return []
     except (OSError, ValueError):
         content = None
     if isinstance(content, dict) and content.get("settings") == settings:
         texts = content.get("texts")
         if (
             isinstance(texts, list)
-            and len(texts) == settings["rows"]
+            and len(texts) % settings["batch_size"] == 0
             and all(isinstance(text, str) for text in texts)
         ):
             return texts
     warnings.warn(
-        f"{file}: not a whole file of these self samples; they are sampled again", stacklevel=3
+        f"{file}: not a whole file of these self samples; they are sampled again",
+        ForgetlessWarning,
+        stacklevel=3,
     )
-    return None
+    return []
 
 
 def _write(file: Path, settings: dict[str, Any], texts: list[str]) -> None:
@@ -202,5 +209,6 @@ def _write(file: Path, settings: dict[str, Any], texts: list[str]) -> None:
         warnings.warn(
             f"{file}: self samples could not be kept ({failure.strerror}); the next run samples "
             "again",
+            ForgetlessWarning,
             stacklevel=3,
         )

@@ -1,4 +1,4 @@
-"""The demo: one task, plain LoRA at its best of three rates, LoRA-Null at its default rate, one report.
+"""The demo: plain LoRA at its best of three rates, LoRA-Null at its default rate, one report.
 
 Every part is a recipe in the output folder, so that what the demo does can be read, changed and run
 again. What was finished is not done twice.
@@ -25,7 +25,8 @@ from forgetless.recipe import Recipe, load_recipe
 RATES = (2e-4, 5e-4, 1e-3)  # plain LoRA gets the one with the best validation NLL
 QUICK_RATES = (1e-3,)
 RANK = 32
-VALIDATION_ROWS = 48
+LABELS = {"lora": "LoRA", "lora-null": "LoRA-Null"}
+VALIDATION_ROWS = 32
 VALIDATION_ROWS_QUICK = 12
 
 
@@ -45,7 +46,11 @@ class DemoResult:
 
 
 def run_demo(
-    folder: Path, *, quick: bool = False, progress: Progress | None = None, resume: str | None = None
+    folder: Path,
+    *,
+    quick: bool = False,
+    progress: Progress | None = None,
+    resume: str | None = None,
 ) -> DemoResult:
     """Run the demo, or what is left of it, in `folder`.
 
@@ -147,6 +152,7 @@ def _recipe(
                 },
             ],
         },
+        "label": LABELS[method],
         "output": str(folder / name),
     }
     if rate is not None:
