@@ -55,13 +55,12 @@ def main() -> None:
                 f"evaluation.retention.0.path={arguments.data / 'nq_open_dev.jsonl'}",
                 f"evaluation.retention.1.path={arguments.data / 'webquestions_train.jsonl'}",
                 # The free baseline: plain LoRA's own update, turned down.
-                f"evaluation.scales={[0.3, 0.6] if label == 'lora 0.001' else []}",
+                f"evaluation.scales={[0.25, 0.5, 0.75] if label == 'lora 0.001' else []}",
                 f"output={folder}",
             ]
             print(f"== {label}", flush=True)
-            records.append(
-                load_record(run(load_recipe(RECIPE, overrides), progress=TerminalProgress()))
-            )
+            recipe = with_facts(load_recipe(RECIPE, overrides), facts)
+            records.append(load_record(run(recipe, progress=TerminalProgress())))
             (arguments.output / "table.md").write_text(markdown_table(records))
     write_report(records, arguments.output / "report.html")
     print(markdown_table(records))
