@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from forgetless.adapters.attach import calibrate, check_token_count
+from forgetless.calibration.calibrate import calibrate, check_token_count
 from forgetless.calibration.engine import SiteMoments, collect_moments
 from forgetless.calibration.store import load_moments, moments_key, moments_path, save_moments
 from forgetless.data.rows import Row, RowSet
