@@ -15,11 +15,21 @@ ALL_FORMS: tuple[Trains, ...] = ("plain", "a", "b", "both")
 
 
 def adapted(
-    model: PreTrainedModel, form: Trains = "plain", *, rank: int = 4, seed: int = 0
+    model: PreTrainedModel,
+    form: Trains = "plain",
+    *,
+    rank: int = 4,
+    seed: int = 0,
+    alpha: float | None = None,
+    **lora: object,
 ) -> PeftModel:
     """`model` with an adapter of the given form on every linear layer, random A0 and B0."""
     config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+        r=rank,
+        lora_alpha=2 * rank if alpha is None else alpha,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+        **lora,
     )
     peft_model = get_peft_model(model, config)
     generator = torch.Generator().manual_seed(seed)

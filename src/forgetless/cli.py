@@ -20,6 +20,7 @@ from forgetless.errors import ForgetlessError
 
 if TYPE_CHECKING:
     from forgetless.experiments.record import Record
+    from forgetless.methods.base import Method
 
 app = typer.Typer(
     name="forgetless",
@@ -29,6 +30,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+_TOGETHER = "\N{NO-BREAK SPACE}"  # a space at which no line is broken
 
 RecipePath = Annotated[Path, typer.Argument(help="A YAML recipe; see recipes/ for examples.")]
 Overrides = Annotated[
@@ -43,11 +46,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: a user's mistake is one line and status 2, Ctrl-C status 130."""
     try:
         app(args=arguments)
-    except ForgetlessError as error:
-        sys.stderr.write(f"forgetless: {error}\n")
-        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except (ForgetlessError, OSError, RuntimeError) as error:
+        line = _in_one_line(error)
+        if line is None:
+            raise
+        sys.stderr.write(f"forgetless: {line}\n")
+        sys.exit(2)
+
+
+def _in_one_line(error: ForgetlessError | OSError | RuntimeError) -> str | None:
+    """What to tell of an error that the user can do something about; None for a fault of ours."""
+    if isinstance(error, ForgetlessError):
+        return str(error)
+    if isinstance(error, OSError):
+        reason = error.strerror or " ".join(str(error).split())
+        return f"{error.filename}: {reason}; check the path" if error.filename else reason
+    torch = sys.modules.get("torch")  # never imported for this alone
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return (
+            "the device is out of memory; lower training.batch_size, calibration.batch_size or "
+            "max_length, or set training.gradient_checkpointing=true"
+        )
+    return None
 
 
 @app.callback(invoke_without_command=True)
@@ -136,24 +158,33 @@ def evaluate(
     recipe: RecipePath,
     overrides: Overrides = None,
     adapter: Annotated[
-        Path | None, typer.Option(help="Adapter folder: any PEFT LoRA on the recipe's model.")
+        Path | None,
+        typer.Option(help="Any PEFT LoRA on the recipe's model: its folder, or that of a run."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Also write all figures here, as JSON.")
+        Path | None, typer.Option(help="Also write all figures to this file, as JSON.")
     ] = None,
 ) -> None:
     """Measure an adapter that somebody trained, with a recipe's model and evaluation items."""
     from forgetless.console import TerminalProgress
     from forgetless.experiments.markdown import evaluation_table
-    from forgetless.experiments.measure_adapter import measure_adapter
+    from forgetless.experiments.measure_adapter import (
+        check_figures_file,
+        measure_adapter,
+        write_figures,
+    )
     from forgetless.recipe import load_recipe
 
     made = load_recipe(recipe, overrides or ())
-    folder = adapter or made.output / "adapter"
-    reports = measure_adapter(made, folder, progress=TerminalProgress(), output=output)
-    _print(evaluation_table(reports))
     if output is not None:
-        _print(f"\nFigures: {output}")
+        check_figures_file(output)
+    reports = measure_adapter(made, adapter or made.output, progress=TerminalProgress())
+    if Console().is_terminal:
+        _print("\n\n".join(str(report) for report in reports))
+    else:
+        _print(evaluation_table(reports))
+    if output is not None:
+        _print(f"\nFigures: {write_figures(reports, output)}")
 
 
 @app.command()
@@ -187,7 +218,7 @@ def export_adapter(
     done = export_folder(
         adapter, output, model=model, scale=scale, merge=merge, progress=TerminalProgress()
     )
-    kind = "merged model" if merge else f"LoRA of rank {done.rank}"
+    kind = f"merged model in {done.dtype}" if merge else f"LoRA of rank {done.rank}"
     _print(f"{kind}: {output}")
     _print(
         f"reloaded: logits differ by at most {done.check.max_difference:.2e} "
@@ -205,10 +236,36 @@ def methods() -> None:
         needs = ", ".join(sorted(made.needs)) or "no"
         _print(f"{name}\n  {made.title}\n  source   {made.paper}\n  needs    {needs} data")
         _print(_wrapped("promise", made.promise))
-        options = ", ".join(f for f in kind.__dataclass_fields__)
-        _print(_wrapped("options", options))
+        _print(_wrapped("options", _options(kind)))
         _print(_wrapped("rate", f"{made.default_learning_rate:g}: {made.learning_rate_source}"))
         _print("")
+
+
+def _options(kind: type[Method]) -> str:
+    """Every option with the values it may take and its default: `trains: b | both (b)`."""
+    import dataclasses
+    import typing
+
+    types = typing.get_type_hints(kind)
+    words = []
+    for field in dataclasses.fields(kind):
+        values = _values(types[field.name])
+        default = "none" if field.default is None else field.default
+        words.append(f"{field.name}: {values} ({default})".replace(" ", _TOGETHER))
+    return ", ".join(words)
+
+
+def _values(declared: object) -> str:
+    """A type in a reader's words."""
+    import typing
+
+    names: dict[object, str] = {int: "whole number", float: "number", type(None): "none"}
+    arguments = typing.get_args(declared)
+    if typing.get_origin(declared) is typing.Literal:
+        return " | ".join(map(str, arguments))
+    if arguments:
+        return " | ".join(map(_values, arguments))
+    return names.get(declared, str(declared))
 
 
 def _wrapped(label: str, text: str) -> str:
@@ -216,7 +273,7 @@ def _wrapped(label: str, text: str) -> str:
 
     return textwrap.fill(
         text, 79, initial_indent=f"  {label:<9}", subsequent_indent=" " * 11, break_on_hyphens=False
-    )
+    ).replace(_TOGETHER, " ")
 
 
 def _print_summary(records: Sequence[Record]) -> None:

@@ -22,13 +22,14 @@ from rich.progress import (
 from forgetless.experiments.progress import Progress
 
 WIDEST = 80  # columns of a note or warning: longer lines are hard to read
+SECONDS_BETWEEN_LINES = 30.0  # of progress in a log, within a phase
 
 
 class TerminalProgress(Progress):
     """Bars on a terminal, plain lines in a log; everything goes to standard error.
 
     Standard output is left to results, so that it can be piped. A log has no bars: each phase is
-    one line with its time, written at its end.
+    one line with its time, written at its end; within a long one, a line now and then.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -36,17 +37,24 @@ class TerminalProgress(Progress):
         self.console = console or Console(stderr=True, highlight=False)
         self._bars: Bars | None = None
         self._task: TaskID | None = None
+        self._phase, self._last_line = "", time.monotonic()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Show a bar while the phase runs, on a terminal, and its seconds after."""
         start = time.monotonic()
+        self._phase, self._last_line = name, start
         with self._bar(name) if self.console.is_terminal else nullcontext():
             yield
         self.console.print(f"  {name:<44} {time.monotonic() - start:7.1f} s", markup=False)
 
     def advance(self, done: int, total: int, what: str = "") -> None:
-        """Move the bar."""
+        """Move the bar; in a log, write a line where the last one is long ago."""
+        now = time.monotonic()
+        if not self.console.is_terminal and now - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            part = f", {what}" if what else ""
+            self._write(f"{self._phase}{part}: {done} of {total}")
         if self._bars is not None and self._task is not None:
             self._bars.update(self._task, completed=done, total=total, description=what or None)
 

@@ -6,12 +6,10 @@ its last line costs a second and not an hour.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -22,11 +20,12 @@ from pydantic import (
 )
 
 from forgetless.data.spec import DataSpec, parse_data
-from forgetless.data.validation import key_path, shortened, validated
+from forgetless.data.validation import validated
 from forgetless.errors import ForgetlessError, RecipeError
 from forgetless.evaluation.items import EvaluationItem
 from forgetless.evaluation.parse import parse_items
 from forgetless.methods import make_method
+from forgetless.recipe_yaml import apply_override, quoting_hint, read_yaml
 
 
 class _Part(BaseModel):
@@ -213,107 +212,18 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: The file, an override or a key is wrong: one line that names the key path.
     """
     path = Path(path)
-    tree = _read_yaml(path)
-    if isinstance(tree.get("method"), str):
-        tree["method"] = {"name": tree["method"]}
-    for override in overrides:
-        _apply(tree, override)
+    tree = read_yaml(path)
+    for override in (None, *overrides):
+        if override is not None:
+            apply_override(tree, override)
+        if isinstance(tree.get("method"), str):  # so that `method.rank=16` has a place
+            tree["method"] = {"name": tree["method"]}
     try:
         return validated(Recipe, tree)
     except ForgetlessError as failure:
-        raise RecipeError(f"{path}: {failure}") from None
+        raise RecipeError(f"{path}: {failure}{quoting_hint(str(failure), overrides)}") from None
 
 
 def json_schema() -> dict[str, Any]:
     """JSON schema of a recipe, for editors."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Recipe.model_json_schema()
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads `1e-3` as a number and refuses a key given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """A mapping whose keys are all different."""
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key `{key.value}` is given twice", key.start_mark
-                    )
-                seen.add(key.value)
-        return super().construct_mapping(node, deep=deep)
-
-
-# YAML 1.1, which PyYAML speaks, wants a point in a float: without this, 1e-3 is text.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+"),
-    list("-+0123456789"),
-)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_Loader)
-    except UnicodeDecodeError as failure:
-        raise RecipeError(f"{path}: expected UTF-8 text ({failure.reason})") from None
-    except OSError as failure:
-        raise RecipeError(f"{path}: could not be read ({failure.strerror})") from None
-    except yaml.YAMLError as failure:
-        raise RecipeError(f"{path}: {_yaml_fault(failure)}") from None
-    if not isinstance(tree, dict):
-        raise RecipeError(
-            f"{path}: expected a mapping of recipe keys, got {shortened(tree)}; see recipes/"
-        )
-    return tree
-
-
-def _yaml_fault(failure: yaml.YAMLError) -> str:
-    if isinstance(failure, yaml.MarkedYAMLError) and failure.problem_mark is not None:
-        return f"line {failure.problem_mark.line + 1}: not a valid recipe: {failure.problem}"
-    return f"not YAML ({' '.join(str(failure).split())[:120]})"
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    """Set one key of the tree; mappings on the way are made where there are none."""
-    path, equals, text = override.partition("=")
-    keys = path.strip().split(".")
-    if not equals or not all(keys):
-        raise RecipeError(f"override {override!r}: expected key.path=value, got no such pair")
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as failure:
-        raise RecipeError(
-            f"override {override!r}: {_yaml_fault(failure)}; quote the value"
-        ) from None
-    node: Any = tree
-    for depth, key in enumerate(keys):
-        is_last = depth == len(keys) - 1
-        if isinstance(node, list):
-            index = _index(node, key, keys[:depth], override)
-            if is_last:
-                node[index] = value
-            else:
-                node = node[index]
-        elif isinstance(node, dict):
-            if is_last:
-                node[key] = value
-            else:
-                if node.get(key) is None:
-                    node[key] = {}
-                node = node[key]
-        else:
-            raise RecipeError(
-                f"override {override!r}: expected a mapping or a list at {key_path(*keys[:depth])}"
-                f", got {shortened(node)}; override that key as a whole"
-            )
-
-
-def _index(node: list[Any], key: str, parents: Sequence[str], override: str) -> int:
-    if not key.isdecimal() or int(key) >= len(node):
-        raise RecipeError(
-            f"override {override!r}: expected a number from 0 to {len(node) - 1} behind "
-            f"{key_path(*parents)}, which is a list, got {key!r}"
-        )
-    return int(key)

@@ -240,6 +240,15 @@ def test_an_adapter_of_another_model_is_refused(
 ) -> None:
     model = attached(tiny_model, tiny_tokenizer, {"name": "lora"})
     export(model, tmp_path)
+    with pytest.raises(AdapterError, match="does not fit this base model"):
+        load_adapter(tiny_gpt2, tmp_path)  # type: ignore[arg-type]
+
+
+def test_an_adapter_of_a_model_with_other_widths_is_refused(
+    tiny_model: nn.Module, tiny_tokenizer: object, tmp_path: Path
+) -> None:
+    model = attached(tiny_model, tiny_tokenizer, {"name": "lora"})
+    export(model, tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     tensors = load_file(path)
     save_file({k: v[..., :3].contiguous() for k, v in tensors.items()}, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +14,14 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from forgetless.errors import ArtefactError
-from forgetless.training.checkpoint import ADAPTER_FILE, MARKER, latest_checkpoint, read_marker
+from forgetless.training.checkpoint import (
+    ADAPTER_FILE,
+    MARKER,
+    STARTED,
+    latest_checkpoint,
+    read_marker,
+)
+from forgetless.training.identity import identity_of
 from forgetless.training.sft import train
 from training_setup import ALL_FORMS, adapted, adapter_state, options, token_rows
 
@@ -77,7 +85,8 @@ def test_a_finished_run_is_loaded_and_not_trained_again(
     first = run(trained, tiny_tokenizer, tmp_path, options=chosen)
     again = adapted(make_tiny_model(), "both")
     second = run(again, tiny_tokenizer, tmp_path, options=chosen)
-    assert second == first.model_copy(update={"resumed_from": [max_steps]})
+    assert second == first  # no step is repeated: it was not resumed
+    assert second.resumed_from == []
     assert second.steps == max_steps
     before, after = adapter_state(trained), adapter_state(again)
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -131,6 +140,9 @@ def test_a_checkpoint_is_marked_only_after_its_last_file(make_tiny_model, tiny_t
         ("b", {"seed": 1}, {}, r"frozen \(checkpoint \w+, this run \w+\)"),
         ("both", {"seed": 1}, {}, "frozen"),
         ("b", {"rank": 5}, {}, r"rank \(checkpoint 4, this run 5\)"),
+        ("b", {"alpha": 64}, {}, r"alpha \(checkpoint 8\.0, this run 64\.0\), scaling \("),
+        ("b", {"use_rslora": True}, {}, r"differs in scaling \(checkpoint 2\.0, this run 4\.0\)"),
+        ("b", {"alpha_pattern": {"q_proj": 9}}, {}, r"differs in scaling \(checkpoint 2\.0, this"),
         ("b", {"form": "both"}, {}, r"form \(checkpoint b, this run both\)"),
         ("plain", {}, {"train_rows": token_rows(26, seed=1)}, "data"),
         ("plain", {}, {"seed": 4}, r"training\.seed \(checkpoint 3, this run 4\)"),
@@ -139,6 +151,12 @@ def test_a_checkpoint_is_marked_only_after_its_last_file(make_tiny_model, tiny_t
             {},
             {"options": options(learning_rate=1e-3)},
             r"training\.learning_rate \(checkpoint 0\.005, this run 0\.001\)",
+        ),
+        (
+            "plain",
+            {},
+            {"options": dataclasses.replace(OPTIONS, bf16=True)},
+            r"differs in training\.bf16 \(checkpoint False, this run True\)",
         ),
     ],
 )
@@ -156,6 +174,69 @@ def test_a_checkpoint_of_another_base_is_refused(make_tiny_model, tiny_tokenizer
     run(adapted(make_tiny_model()), tiny_tokenizer, tmp_path, stop=4)
     with pytest.raises(ArtefactError, match=r"differs in base \("):
         run(adapted(make_tiny_model(seed=1)), tiny_tokenizer, tmp_path)
+
+
+def test_a_run_is_of_the_hardware_that_decided_its_bf16(make_tiny_model, monkeypatch):
+    model = adapted(make_tiny_model())
+    found = []
+    for fast in (False, True):
+        monkeypatch.setattr("forgetless.training.options.has_fast_bf16", lambda _, fast=fast: fast)
+        found.append(identity_of(model, "default", data="", options=options(bf16=None), seed=0))
+    assert [identity.options["bf16"] for identity in found] == [False, True]
+    assert {identity.device for identity in found} == {"cpu"}
+
+
+@pytest.mark.parametrize("content", ["model.safetensors", "adapter_model.safetensors"])
+def test_checkpoints_of_another_program_are_refused_and_never_deleted(
+    make_tiny_model, tiny_tokenizer, tmp_path, content
+):
+    foreign = tmp_path / "checkpoint-500"
+    foreign.mkdir()
+    (foreign / content).write_bytes(b"weights")
+    for complete in (False, True):  # also beside checkpoints of ours
+        if complete:
+            run(adapted(make_tiny_model()), tiny_tokenizer, tmp_path / "ours", stop=4)
+            shutil.copytree(tmp_path / "ours", tmp_path, dirs_exist_ok=True)
+        with pytest.raises(ArtefactError, match=r"checkpoint-500: .* another program; choose"):
+            run(adapted(make_tiny_model()), tiny_tokenizer, tmp_path)
+        assert (foreign / content).read_bytes() == b"weights"
+
+
+@pytest.mark.parametrize("schema_version", [1, 3, None])
+def test_a_marker_of_another_version_is_refused_and_never_deleted(
+    make_tiny_model, tiny_tokenizer, tmp_path, schema_version
+):
+    run(adapted(make_tiny_model()), tiny_tokenizer, tmp_path, stop=4)
+    marker = tmp_path / "checkpoint-3" / MARKER
+    text = json.dumps({**json.loads(marker.read_text()), "schema_version": schema_version})
+    marker.write_text(text)
+    with pytest.raises(ArtefactError, match=rf"got {schema_version}, of another version"):
+        run(adapted(make_tiny_model()), tiny_tokenizer, tmp_path)
+    assert marker.read_text() == text
+
+
+def test_another_run_deletes_nothing(make_tiny_model, tiny_tokenizer, tmp_path):
+    run(adapted(make_tiny_model()), tiny_tokenizer, tmp_path, stop=7)
+    (tmp_path / "checkpoint-6" / MARKER).unlink()
+    with pytest.raises(ArtefactError, match="differs in rank"):
+        run(adapted(make_tiny_model(), rank=2, alpha=8), tiny_tokenizer, tmp_path)
+    assert (tmp_path / "checkpoint-6").exists()
+
+
+def test_every_way_to_leave_half_a_checkpoint_of_ours_is_cleared(
+    make_tiny_model, tiny_tokenizer, tmp_path
+):
+    run(adapted(make_tiny_model()), tiny_tokenizer, tmp_path, stop=7)
+    assert (tmp_path / STARTED).read_text().split() == ["3", "6"]
+    # A kill while an old checkpoint was deleted, its marker first; one right after mkdir.
+    (tmp_path / "checkpoint-3" / MARKER).unlink()
+    (tmp_path / "checkpoint-9").mkdir()
+    facts = run(adapted(make_tiny_model()), tiny_tokenizer, tmp_path)
+    assert facts.resumed_from == [6]
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {
+        "checkpoint-9",
+        "checkpoint-10",
+    }
 
 
 def test_how_often_to_save_and_log_may_change_in_between(make_tiny_model, tiny_tokenizer, tmp_path):

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
+import re
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from peft import LoraConfig, get_peft_model
+from rich.console import Console
 from run_setup import recipe_of, write_data
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from forgetless.cli import main
+from forgetless.console import TerminalProgress
+from forgetless.errors import ForgetlessWarning
 from forgetless.experiments import run as run_module
+from forgetless.experiments.progress import warnings_heard
+from forgetless.training.quiet import libraries_quiet
 
 
 @pytest.fixture
@@ -43,7 +54,7 @@ def test_a_run_and_what_can_be_done_with_it(
     out = capsys.readouterr().out
     assert f"{tmp_path / 'out' / 'report.html'}".replace("\n", "") in out.replace("\n", "")
     assert status("run", recipe) == 0
-    assert "finished already" in capsys.readouterr().err
+    assert "finished already" in " ".join(capsys.readouterr().err.split())
 
     assert status("report", tmp_path / "out", "--output", tmp_path / "two.html") == 0
     assert (tmp_path / "two.html").is_file()
@@ -51,13 +62,17 @@ def test_a_run_and_what_can_be_done_with_it(
     assert status("export", tmp_path / "out", tmp_path / "half", "--scale", "0.5") == 0
     assert "logits differ by at most" in capsys.readouterr().out
     assert status("export", tmp_path / "out", tmp_path / "merged", "--merge") == 0
+    assert "shards" not in capsys.readouterr().err
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config.vocab_size > 0
     assert status("export", tmp_path / "out", tmp_path / "half") == 2
     assert "new or empty folder" in capsys.readouterr().err
 
     figures = tmp_path / "figures.json"
     assert status("evaluate", recipe, "evaluation.scales=[0.5]", "--output", figures) == 0
-    assert "| scale 1 |" in capsys.readouterr().out.replace("  ", " ")
+    shown = capsys.readouterr()
+    assert "| scale 1 |" in shown.out.replace("  ", " ")
+    assert re.search(r"\| [\d.]+ [+−][\d.e-]+ \([+−]?[\d.e-]+ to [+−]?[\d.e-]+\) \|", shown.out)
+    assert "on cpu in float32" in " ".join(shown.err.split())
     assert [report["scale"] for report in json.loads(figures.read_text())] == [1.0, 0.5]
 
 
@@ -75,13 +90,111 @@ def test_train_then_run_goes_on_from_the_trained_adapter(
 
 
 def test_somebody_elses_adapter_is_measured(
-    recipe: Path, tmp_path: Path, tiny_model_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: Path,
+    tmp_path: Path,
+    tiny_model_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     base = AutoModelForCausalLM.from_pretrained(tiny_model_path)
     config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     get_peft_model(base, config).save_pretrained(tmp_path / "theirs")
-    assert status("evaluate", recipe, "--adapter", tmp_path / "theirs") == 0
-    assert "update size" in capsys.readouterr().out
+    (tmp_path / "data" / "train.jsonl").unlink()  # theirs were others
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    assert status("evaluate", recipe, "dtype=bfloat16", "--adapter", tmp_path / "theirs") == 0
+    shown = capsys.readouterr()
+    assert "warning: evaluation: the base computes in bfloat16" in " ".join(shown.err.split())
+    assert "UserWarning" not in shown.err
+    assert "update size" in shown.out
+    assert "|" not in shown.out
+    assert max(map(len, shown.out.splitlines())) <= 80
+
+
+def test_figures_are_written_only_where_they_can_be_and_that_is_checked_first(
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("forgetless.experiments.measure_adapter.measure_adapter", None)
+    (tmp_path / "figures").mkdir()
+    assert status("evaluate", recipe, "--output", tmp_path / "figures") == 2
+    assert "got a folder; add a file name" in capsys.readouterr().err
+    assert status("evaluate", recipe, "--output", recipe / "figures.json") == 2
+    assert "cannot be written to; choose another place" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory.\nTried"),
+            "the device is out of memory; lower",
+        ),
+        (PermissionError(13, "Permission denied", "there"), "there: Permission denied; check the"),
+    ],
+)
+def test_a_full_device_and_an_unwritable_file_are_one_line(
+    error: Exception,
+    line: str,
+    recipe: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("forgetless.recipe.load_recipe", fail)
+    assert status("run", recipe) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"forgetless: {line}")
+    assert err.count("\n") == 1
+
+
+def test_a_fault_of_ours_keeps_its_traceback(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr("forgetless.recipe.load_recipe", fail)
+    with pytest.raises(RuntimeError, match="a fault"):
+        main(["run", str(recipe)])
+
+
+def test_our_warnings_are_heard_and_the_libraries_are_not(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    heard: list[str] = []
+    with warnings_heard(heard.append):
+        for _ in range(2):
+            warnings.warn("a row is long", ForgetlessWarning, stacklevel=1)
+    assert heard == ["a row is long"]
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_warning()
+    try:
+        with libraries_quiet():
+            logging.getLogger("transformers.trainer").warning("mtime may not be reliable")
+            assert not transformers_logging.is_progress_bar_enabled()
+        assert transformers_logging.get_verbosity() == transformers_logging.WARNING
+        assert transformers_logging.is_progress_bar_enabled()
+    finally:
+        transformers_logging.set_verbosity(before)
+    assert "mtime" not in capsys.readouterr().err
+
+
+def test_a_log_hears_of_a_long_phase_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = io.StringIO()
+    progress = TerminalProgress(Console(file=log, width=80))
+    now = [0.0]
+    monkeypatch.setattr("forgetless.console.time.monotonic", lambda: now[0])
+    with progress.phase("data"):
+        for done in range(100):
+            now[0] += 1.0
+            progress.advance(done, 100, "train")
+    assert [line.strip() for line in log.getvalue().splitlines()[:-1]] == [
+        "data, train: 29 of 100",
+        "data, train: 59 of 100",
+        "data, train: 89 of 100",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -94,6 +207,8 @@ def test_somebody_elses_adapter_is_measured(
         (["run", "recipe.yaml", "model=nowhere/at-all"], "nowhere/at-all"),
         (["export", "nowhere", "out2"], "expected a folder with adapter_config.json"),
         (["report", "nowhere"], "nowhere"),
+        (["report", "recipe.yaml"], "expected a record.json, got something else"),
+        (["run", "recipe.yaml", "output=/proc/foo"], "/proc/foo: could not be"),
         (["evaluate", "recipe.yaml", "--adapter", "nowhere"], "adapter_config.json, found none"),
     ],
 )
@@ -125,4 +240,6 @@ def test_methods_lists_all_with_paper_needs_and_promise(capsys: pytest.CaptureFi
     out = capsys.readouterr().out
     for word in ("lora-null", "sc-lora", "2503.02659", "2505.23724", "preserve data", "promise"):
         assert word in out
+    assert "trains: b | both (b)" in out
+    assert "default_weight_decay" not in out
     assert max(map(len, out.splitlines())) <= 80

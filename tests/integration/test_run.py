@@ -15,8 +15,9 @@ from run_setup import recipe_of, write_data
 from transformers import AutoModelForCausalLM
 
 from forgetless.data.tokens import TokenRow
-from forgetless.errors import ArtefactError, DataError, RecipeError
+from forgetless.errors import AdapterError, ArtefactError, DataError, MethodError, RecipeError
 from forgetless.experiments import run as run_module
+from forgetless.experiments.describe import skipped_notes
 from forgetless.experiments.output import Clock
 from forgetless.experiments.prepare import hold_out
 from forgetless.experiments.progress import Progress
@@ -233,8 +234,9 @@ def test_phase_times_add_up_over_attempts(tmp_path: Path):
     ("content", "message"),
     [
         (None, "expected a readable record, got: No such file or directory"),
-        ('{"schema_version": 1, "lab', "expected a record as JSON, got a truncated or damaged"),
-        ("[]", "expected a record of forgetless, got JSON without schema_version"),
+        ('{"schema_version": 1, "lab', "expected a whole record, got a truncated or damaged"),
+        ("[]", "expected a record.json, got something else"),
+        ("model: demo\nmethod: lora\n", "expected a record.json, got something else"),
         ('{"schema_version": 99}', "expected record schema 1, got 99"),
         ('{"schema_version": 1}', "expected a complete record, label: Field required"),
     ],
@@ -255,3 +257,140 @@ def test_a_record_survives_its_file(make_recipe):
     copy = save_record(record, path.with_name("copy.json"))
     assert load_record(copy) == record
     assert [p.name for p in path.parent.glob("*.tmp")] == []
+
+
+def without_evaluation(make_recipe, **changes):
+    """A recipe that is done in a moment."""
+    return make_recipe(training={"max_steps": 2, "learning_rate": 1e-3}, evaluation={}, **changes)
+
+
+def test_a_run_that_failed_on_bad_input_gives_its_folder_up(make_recipe):
+    with pytest.raises(MethodError, match="lower the rank"):
+        run(without_evaluation(make_recipe, method={"name": "lora", "rank": 999}))
+    right = without_evaluation(make_recipe, method={"name": "lora", "rank": 2})
+    assert (right.output / "recipe.yaml").exists()
+    assert load_record(run(right)).method["rank"] == 2
+    with pytest.raises(RecipeError, match=r"method\.rank"):
+        run(without_evaluation(make_recipe, method={"name": "lora", "rank": 3}))
+
+
+def test_a_recipe_that_a_user_wrote_into_the_folder_is_not_overwritten(make_recipe):
+    recipe = make_recipe()
+    recipe.output.mkdir()
+    (recipe.output / "recipe.yaml").write_text("model: mine\n")
+    with pytest.raises(RecipeError, match="expected an empty folder or one of this recipe"):
+        run(recipe)
+    assert (recipe.output / "recipe.yaml").read_text() == "model: mine\n"
+
+
+def test_data_that_cannot_be_read_are_refused_before_loading_and_claiming(make_recipe, tmp_path):
+    recipe, heard = make_recipe(), Heard()
+    (tmp_path / "data" / "retention.jsonl").write_text("no json")
+    with pytest.raises(DataError, match=r"retention\.jsonl: line 1"):
+        run(recipe, progress=heard)
+    (tmp_path / "data" / "retention.jsonl").unlink()
+    with pytest.raises(DataError, match=r"retention\.jsonl: expected a file"):
+        run(recipe, progress=heard)
+    assert heard.phases == []
+    assert not recipe.output.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("wandbb", "did you mean wandb?"), ("comet_ml", "expected a logger that is installed")],
+)
+def test_loggers_that_are_not_there_are_refused_before_loading(make_recipe, name, message):
+    heard = Heard()
+    with pytest.raises(RecipeError, match=message):
+        run(make_recipe(training={"report_to": name}), progress=heard)
+    assert heard.phases == []
+
+
+def test_targets_are_checked_before_the_data(make_recipe):
+    heard = Heard()
+    with pytest.raises(AdapterError, match="matches no linear layer"):
+        run(make_recipe(targets=["nowhere_proj"]), progress=heard)
+    assert heard.phases == ["load"]
+
+
+def test_rows_in_two_roles_are_refused_before_self_is_sampled(make_recipe, tmp_path, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("sampled")
+
+    monkeypatch.setattr("forgetless.data.loading.sample_self", refuse)
+    data = tmp_path / "data"
+    (data / "gain.jsonl").write_text((data / "train.jsonl").read_text())
+    with pytest.raises(DataError, match="train and evaluation data: expected no row in both"):
+        run(make_recipe(preserve_data={"self": True, "limit": 4}))
+
+
+def test_sampling_is_announced_where_it_is_done(make_recipe):
+    recipe = without_evaluation(
+        make_recipe,
+        method={"name": "lora", "rank": 2},
+        preserve_data={"self": True, "limit": 4, "max_length": 16},
+    )
+    told = "sampling 4 texts of up to 16 tokens from the model"
+    first, second = Heard(), Heard()
+    run(recipe, progress=first)
+    assert first.notes.count(told) == 1
+    run(recipe.model_copy(update={"output": recipe.output / "two"}), progress=second)
+    assert told not in second.notes
+
+
+def test_a_finished_run_is_measured_again_where_evaluation_changed(make_recipe, tmp_path):
+    training = {"max_steps": 2, "learning_rate": 1e-3}
+    first = load_record(run(make_recipe(training=training)))
+    item = {"name": "other facts", "path": str(tmp_path / "data" / "retention.jsonl")}
+    item |= {"prompt": "Q: {question}", "completion": "{answer}"}
+    heard = Heard()
+    changed = make_recipe(training=training, evaluation={"retention": [item]}, label="mine")
+    again = load_record(run(changed, progress=heard))
+    assert "is trained already; it is measured again" in heard.notes[0]
+    assert [found.name for found in again.evaluation.items] == ["other facts"]
+    assert again.label == "mine"
+    assert again.training.curve == first.training.curve
+    assert again.recipe == yaml.safe_load((changed.output / "recipe.yaml").read_text())
+
+    renamed, quiet = changed.model_copy(update={"label": "yours"}), Heard()
+    assert load_record(run(renamed, progress=quiet)).label == "yours"
+    assert quiet.phases == []
+
+    for marker in (changed.output / "checkpoints").glob("*/forgetless.json"):
+        marker.unlink()
+    with pytest.raises(RecipeError, match="expected a checkpoint to measure again"):
+        run(make_recipe(training=training))
+
+
+def test_a_data_file_that_changed_is_not_taken_for_the_one_of_the_record(make_recipe, tmp_path):
+    training, data = {"max_steps": 2, "learning_rate": 1e-3}, tmp_path / "data"
+    recipe = make_recipe(training=training)
+    before = load_record(run(recipe))
+    (data / "train.jsonl").touch()
+    heard = Heard()
+    run(recipe, progress=heard)
+    assert heard.phases == []
+
+    lines = (data / "retention.jsonl").read_text().splitlines()
+    (data / "retention.jsonl").write_text("\n".join(lines[:-1]))
+    after = load_record(run(recipe))
+    assert [item.rows for item in before.evaluation.items] == [6, 6]
+    assert [item.rows for item in after.evaluation.items] == [6, 5]
+
+    (data / "train.jsonl").write_text((data / "train.jsonl").read_text().replace("fox", "ox"))
+    with pytest.raises(RecipeError, match=r"train\.jsonl: expected the file .* changed since"):
+        run(recipe)
+
+
+def test_a_folder_that_cannot_be_made_is_one_clear_line(make_recipe):
+    with pytest.raises(ArtefactError, match=r"/proc/nowhere.*: could not be read or written"):
+        run(make_recipe().model_copy(update={"output": Path("/proc/nowhere/out")}))
+
+
+def test_usual_skipped_layers_are_counted_and_unusual_ones_named():
+    skipped = {"embed": "embedding", "experts": "fused 3-D weights", "lm_head": "output head"}
+    assert skipped_notes(skipped) == [
+        "2 layers skipped (embedding, output head)",
+        "layer experts is skipped: fused 3-D weights",
+    ]
+    assert skipped_notes({}) == []

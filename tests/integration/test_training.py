@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from forgetless.adapters.forms import adapted_layers
 from forgetless.data.tokens import TokenRow
-from forgetless.errors import ArtefactError, TrainingError
+from forgetless.errors import ArtefactError, ForgetlessWarning, TrainingError
 from forgetless.training.callbacks import ReportSteps
 from forgetless.training.checkpoint import latest_checkpoint
 from forgetless.training.sft import learnable, mean_nll, train
@@ -272,6 +272,73 @@ def test_rows_without_a_completion_teach_nothing(make_tiny_model, tiny_tokenizer
         for name, rows in (("with", empty + token_rows(8)), ("without", token_rows(8)))
     ]
     assert losses[0] == losses[1]
+
+
+def test_validation_rows_without_a_completion_do_not_count(
+    make_tiny_model, tiny_tokenizer, tmp_path
+):
+    model = adapted(make_tiny_model())
+    empty, rows = [TokenRow((5, 6, 7), 3, truncated=True)], token_rows(5)
+    assert mean_nll(model, tiny_tokenizer, empty + rows) == pytest.approx(
+        reference_mean_nll(model, rows), rel=1e-5
+    )
+    with pytest.raises(TrainingError, match=r"validation data: expected rows .* none in 1 rows"):
+        mean_nll(model, tiny_tokenizer, empty)
+    before = adapter_state(model)
+    with pytest.raises(TrainingError, match="validation data"):  # before the first step
+        train(
+            model,
+            tiny_tokenizer,
+            rows,
+            options=options(),
+            output=tmp_path,
+            seed=0,
+            validation_rows=empty,
+        )
+    assert all(torch.equal(before[name], tensor) for name, tensor in adapter_state(model).items())
+
+
+@pytest.mark.parametrize("scheduler", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize(("ratio", "steps"), [(0.03, 1), (0.9, 1), (0.9, 2), (0.99, 3)])
+def test_warm_up_never_swallows_all_steps(
+    make_tiny_model, tiny_tokenizer, tmp_path, scheduler, ratio, steps
+):
+    chosen = options(warmup_ratio=ratio, max_steps=steps, scheduler=scheduler)
+    assert chosen.num_warmup_steps(8) < steps
+    facts = train(
+        adapted(make_tiny_model()),
+        tiny_tokenizer,
+        token_rows(8),
+        options=chosen,
+        output=tmp_path,
+        seed=0,
+    )
+    assert max(point.learning_rate for point in facts.curve) == pytest.approx(5e-3)
+
+
+def test_a_run_that_moves_nothing_says_so(make_tiny_model, tiny_tokenizer, tmp_path, recwarn):
+    rows = token_rows(8)
+    train(
+        adapted(make_tiny_model()),
+        tiny_tokenizer,
+        rows,
+        options=options(),
+        output=tmp_path / "moves",
+        seed=0,
+    )
+    assert not [found for found in recwarn if found.category is ForgetlessWarning]
+    # A denormal rate, below what float32 can add to a weight.
+    still = options(learning_rate=1e-45, max_steps=2)
+    for _ in range(2):  # as well where the finished run is only loaded
+        with pytest.warns(ForgetlessWarning, match="did not move in 2 steps, .* base model; raise"):
+            train(
+                adapted(make_tiny_model(), "b"),
+                tiny_tokenizer,
+                rows,
+                options=still,
+                output=tmp_path / "still",
+                seed=0,
+            )
 
 
 def test_a_full_disk_while_saving_is_one_clear_line(

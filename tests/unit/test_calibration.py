@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from forgetless.calibration import memory, store
 from forgetless.calibration.calibrate import calibrate, check_token_count
 from forgetless.calibration.engine import SiteMoments, collect_moments
 from forgetless.calibration.store import load_moments, moments_key, moments_path, save_moments
@@ -16,6 +20,7 @@ from forgetless.data.spec import DataSpec
 from forgetless.data.tokens import TokenRow, make_batches
 from forgetless.errors import AdapterError, ArtefactError, CalibrationError, ForgetlessWarning
 from forgetless.linalg.moments import SecondMoment
+from forgetless.models import hardware
 from forgetless.models.targets import find_targets, module_suffixes
 
 
@@ -185,6 +190,115 @@ def test_a_truncated_cache_is_refused_with_its_name(tmp_path: Path, size: int) -
         load_moments(path, key)
 
 
+def test_damage_in_the_tensors_is_seen(tmp_path: Path) -> None:
+    _, path, key = stored(tmp_path)
+    whole = path.read_bytes()
+    for offset in (1, 8, 40):
+        changed = bytearray(whole)
+        changed[-offset] ^= 1
+        path.write_bytes(changed)
+        assert path.stat().st_size == len(whole)
+        with pytest.raises(ArtefactError, match="damaged") as error:
+            load_moments(path, key)
+        assert "delete" not in str(error.value)
+
+
+def test_moments_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    found, path, key = stored(tmp_path)
+    found.moments["a.b"].sum_DD[1, 1] = float("inf")
+    save_moments(found, path, key)
+    with pytest.raises(ArtefactError, match="damaged"):
+        load_moments(path, key)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sites": None},
+        {"sites": "{"},
+        {"sites": "[1]"},
+        {"sites": '{"a.b": 3}'},
+        {"sites": '{"a.b": {"num_tokens": "x"}}'},
+        {"sites": "{}"},
+        {"site_of": "7"},
+        {"site_of": '{"a.c": "elsewhere"}'},
+        {"key": None},
+        {"key": "[]"},
+    ],
+    ids=str,
+)
+def test_damaged_metadata_are_an_artefact_error(
+    tmp_path: Path, change: dict[str, str | None]
+) -> None:
+    _, path, key = stored(tmp_path)
+    with safe_open(path, framework="pt") as file:
+        metadata = {**file.metadata(), **change}
+    save_file(load_file(path), path, {k: v for k, v in metadata.items() if v is not None})
+    with pytest.raises(ArtefactError, match=path.name) as error:
+        load_moments(path, key)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("error", [SafetensorError("no space"), OSError(28, "No space left")])
+def test_a_full_disk_does_not_lose_the_pass(
+    tiny_model: nn.Module,
+    tiny_tokenizer: object,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    def full(*_args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(store, "save_file", full)
+    rows = RowSet(DataSpec(examples=["x"]), (Row("", "an apple is red"),))
+    with pytest.warns(ForgetlessWarning, match="could not be written .* goes on"):
+        found = calibrate(
+            tiny_model,
+            tiny_tokenizer,  # type: ignore[arg-type]
+            find_targets(tiny_model).targets,
+            [rows],
+            cache=tmp_path,
+        )
+    assert found.num_tokens > 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_moments_beyond_the_free_memory_are_refused_before_the_pass(
+    tiny_model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    targets = find_targets(tiny_model).targets
+    # Per layer: q/k/v, o and gate/up are 32 wide, down 64.
+    needed = 2 * (3 * 4 * 32 * 33 + 4 * 64 * 65)
+    batches = list(make_batches(token_rows(), batch_size=3, pad_token_id=2))
+    seen: list[int] = []
+    monkeypatch.setattr(memory, "free_memory", lambda _device: needed)
+    collect_moments(tiny_model, targets, batches, progress=seen.append)
+    assert sum(seen) == 6
+
+    monkeypatch.setattr(memory, "free_memory", lambda _device: needed - 1)
+    figures = rf"expected {needed / 2**30:.3g} GiB .* 8 sites, got {(needed - 1) / 2**30:.3g} GiB"
+    with pytest.raises(CalibrationError, match=figures) as error:
+        collect_moments(tiny_model, targets, batches, progress=seen.append)
+    assert "targets, first of all not down_proj" in str(error.value)
+    assert sum(seen) == 6
+    assert not any(m._forward_pre_hooks for m in tiny_model.modules())
+
+
+def test_free_memory_is_what_the_system_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware.psutil, "virtual_memory", lambda: SimpleNamespace(available=12345))
+    assert hardware.free_memory(torch.device("cpu")) == 12345
+
+
+def test_layers_that_text_never_reaches_are_counted_with_a_remedy(tiny_model: nn.Module) -> None:
+    tiny_model.vision = nn.ModuleDict({"patch": nn.Linear(4, 4), "merge": nn.Linear(4, 4)})
+    batches = make_batches(token_rows(), batch_size=3, pad_token_id=2)
+    with pytest.raises(CalibrationError) as error:
+        collect_moments(tiny_model, find_targets(tiny_model).targets, batches)
+    assert "2 of 16 were never called, the first vision.patch;" in str(error.value)
+    assert "targets=[down_proj, gate_proj, k_proj," in str(error.value)
+
+
 def test_the_cache_is_used_when_it_matches_and_replaced_when_damaged(
     tiny_model: nn.Module, tiny_tokenizer: object, tmp_path: Path
 ) -> None:
@@ -202,7 +316,7 @@ def test_the_cache_is_used_when_it_matches_and_replaced_when_damaged(
     for site, moment in first.moments.items():
         assert torch.equal(moment.sum_DD, second.moments[site].sum_DD)
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.warns(ForgetlessWarning, match="collecting again"):
+    with pytest.warns(ForgetlessWarning, match="collected again"):
         run()
     with torch.no_grad():
         tiny_model.get_input_embeddings().weight.add_(1e-3)

@@ -42,3 +42,10 @@ def test_rows_are_compared_as_rendered_wherever_the_prompt_ends() -> None:
     split = RowSet(DataSpec(path="b.jsonl"), (Row("Q: a", " A: b"),))
     with pytest.raises(DataError, match="1 row,"):
         refuse_overlap({"train": [split], "preserve": [texts("Q: a A: b")]})
+
+
+def test_white_space_does_not_hide_a_shared_row() -> None:
+    spaced = texts("Q:  a\nA: b ")
+    with pytest.raises(DataError, match="1 row,"):
+        refuse_overlap({"train": [texts("Q: a A: b")], "preserve": [spaced]})
+    assert spaced.fingerprint != texts("Q: a A: b").fingerprint

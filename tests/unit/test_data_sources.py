@@ -140,6 +140,8 @@ def test_lines_behind_the_range_are_never_read(tmp_path: Path) -> None:
     ("name", "content", "said"),
     [
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2: expected a JSON object"),
+        ("a.jsonl", b'{"text": "open', "(Unterminated string starting at column 10); mend"),
+        ("a.json", b'[{"text": "open', "got Unterminated string starting at column 11; mend"),
         ("a.jsonl", b'{"text": "a"}\n[1]\n', "line 2: expected an object with columns"),
         ("a.json", b'[{"text": "a"},\n {"text": }]', "line 2: expected a JSON array"),
         ("a.json", b'[{"text": "a"}, 3]', "entry 1: expected an object"),

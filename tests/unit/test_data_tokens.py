@@ -23,6 +23,7 @@ from forgetless.data import (
     pad_token_id,
     tokenize,
 )
+from forgetless.data.tokens import fingerprint_token_rows
 from forgetless.errors import DataError
 
 
@@ -219,3 +220,18 @@ def test_the_padding_token_is_found_without_changing_the_tokenizer(
     assert merging.pad_token is None
     merging.eos_token = None
     assert pad_token_id(merging) == 0
+
+
+def test_fingerprint_sees_tokens_boundary_and_order() -> None:
+    rows = [TokenRow((1, 23), 1), TokenRow((4,), 0)]
+    others = [
+        [TokenRow((1, 2, 3), 1), TokenRow((4,), 0)],
+        [TokenRow((1, 23), 0), TokenRow((4,), 0)],
+        rows[::-1],
+        rows[:1],
+        [TokenRow((1, 23, 4), 1)],
+    ]
+    found = {fingerprint_token_rows(rows), *(fingerprint_token_rows(other) for other in others)}
+    assert len(found) == 1 + len(others)
+    assert all(len(digest) == 32 for digest in found)
+    assert fingerprint_token_rows(iter(rows)) == fingerprint_token_rows(rows)

@@ -58,6 +58,27 @@ def test_contrast_basis_prefers_unreachable_directions_to_negative_ones() -> Non
     assert torch.equal(found.basis_OR, again.basis_OR)
 
 
+@pytest.mark.parametrize("out", [96, 128])
+def test_contrast_basis_tells_weak_rewards_from_zero_in_float32(out: int) -> None:
+    """Rewards down to 2e-6 of the largest; a float32 solve calls those below 1e-5 zero."""
+    width = 96
+    q = torch.linalg.qr(random(width, width)).Q
+    rewards = torch.logspace(0, -5.7, width, dtype=torch.float64)
+    signs = torch.where(torch.arange(width) % 2 == 0, 1.0, -1.0).double()
+    contrast = (q * (rewards * signs)) @ q.T
+    weight = torch.linalg.qr(random(out, width, seed=1)).Q if out > width else torch.eye(width)
+    found = contrast_basis(weight.float(), contrast.float(), width)
+    assert found.basis_OR.dtype == found.eigenvalues_R.dtype == torch.float32
+    assert found.num_positive == width // 2
+    assert found.num_negative == (width // 2 if out == width else width // 2 - (out - width))
+
+
+def test_directions_that_are_zero_but_for_float32_rounding_count_as_zero() -> None:
+    factor = random(64, 20).float()
+    found = contrast_basis(torch.eye(64), factor @ factor.T, 64)
+    assert (found.num_positive, found.num_negative) == (20, 0)
+
+
 @pytest.mark.parametrize(("out", "width", "rank"), [(8, 5, 2), (5, 8, 5), (6, 6, 1)])
 def test_balanced_factors_equal_the_papers_full_svd(out: int, width: int, rank: int) -> None:
     weight, basis = random(out, width), torch.linalg.qr(random(width, rank, seed=2)).Q

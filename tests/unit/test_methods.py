@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from forgetless.errors import MethodError
 from forgetless.linalg.moments import SecondMoment
 from forgetless.methods import METHODS, make_method, method_options
 from forgetless.methods.base import LayerWeights, SiteStatistics
+from forgetless.methods.lora import LoRA
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -128,7 +131,10 @@ def test_a_method_says_what_it_lacks(name: str) -> None:
         ({"name": "lora-null", "start": "basis", "trains": "both"}, "use trains: b"),
         ({"name": "lora", "rank": 0}, "at least 1, got 0"),
         ({"name": "lora", "rank": 2.5}, "expected int, got 2.5"),
-        ({"name": "lora", "alpha": -1}, "more than 0"),
+        ({"name": "lora", "alpha": -1}, "finite number above 0, got -1"),
+        ({"name": "lora", "alpha": float("inf")}, "alpha: expected a finite number, got inf"),
+        ({"name": "lora", "alpha": float("nan")}, "alpha: expected a finite number, got nan"),
+        ({"name": "sc-lora", "beta": float("nan")}, "beta: expected a finite number, got nan"),
         ({"rank": 4}, "expected one of"),
     ],
 )
@@ -144,6 +150,14 @@ def test_rank_shorthand_must_not_contradict() -> None:
         make_method({"name": "lora", "rank": 8}, rank=4)
     with pytest.raises(MethodError, match="expected 8"):
         make_method(make_method("lora", rank=8), rank=4)
+
+
+@pytest.mark.parametrize("rank", ["8", 8.5, True])
+def test_rank_shorthand_is_checked_like_the_option(rank: Any) -> None:
+    with pytest.raises(MethodError, match=f"method lora: rank: expected int, got {rank!r}"):
+        make_method("lora", rank=rank)
+    with pytest.raises(MethodError, match="alpha: expected a finite number above 0, got inf"):
+        LoRA(alpha=float("inf"))
 
 
 def test_options_round_trip() -> None:

@@ -112,12 +112,18 @@ def test_the_last_override_of_a_key_wins(recipe: Any) -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
+        ("", "expected key.path=value"),
         ("seed", "expected key.path=value"),
         ("=3", "expected key.path=value"),
         ("a..b=3", "expected key.path=value"),
         ("seed=[1", "override 'seed=[1'"),
-        ("evaluation.gain.1.limit=3", "a number from 0 to 0 behind evaluation.gain"),
+        ("evaluation.gain.1.limit=3", "expected 0, its only entry, behind evaluation.gain"),
         ("evaluation.gain.first.limit=3", "which is a list, got 'first'"),
+        ("preserve_data.2.limit=3", "expected a number from 0 to 1 behind preserve_data"),
+        ("output=", "output: expected a path, got nothing; give it a value or leave the key out"),
+        ("preserve_data=", "list of these, got nothing"),
+        ("train_data.prompt=Q: {quest}", """quote the value: 'train_data.prompt="Q: {quest}"\'"""),
+        ("train_data.prompt={quest}", """quote the value: 'train_data.prompt="{quest}"\'"""),
         ("preserve_data.1.limit=3", "expected a mapping or a list at preserve_data.1, got 'self'"),
         ("model.name=x", "expected a mapping or a list at model, got 'demo'"),
         ("trainng.epochs=1", "unknown key `trainng`; did you mean `training`?"),
@@ -172,7 +178,24 @@ def test_train_data_must_not_be_empty(recipe: Any) -> None:
     assert "train_data" in refusal(recipe, BASE, "train_data=[]")
 
 
-@pytest.mark.parametrize("text", ["", "- a\n- b", "just text", "3"])
+def test_an_empty_list_has_no_entry_to_override(recipe: Any) -> None:
+    text = BASE.replace("preserve_data: [", "preserve_data: []\nlabel: [")
+    assert "expected no number, as it is empty, behind" in refusal(
+        recipe, text, "preserve_data.0=a"
+    )
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n"])
+def test_an_empty_file_is_called_empty(recipe: Any, text: str) -> None:
+    assert "recipe keys, but the file is empty; see recipes/" in refusal(recipe, text)
+
+
+def test_a_file_of_data_is_no_recipe(recipe: Any) -> None:
+    message = refusal(recipe, '{"question": "a"}\n{"question": "b"}\n')
+    assert "line 2: expected one YAML recipe (a mapping of keys), got more" in message
+
+
+@pytest.mark.parametrize("text", ["- a\n- b", "just text", "3"])
 def test_a_file_that_is_no_mapping_is_refused(recipe: Any, text: str) -> None:
     assert "expected a mapping of recipe keys" in refusal(recipe, text)
 

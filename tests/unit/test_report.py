@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -15,10 +16,13 @@ from report_records import around, item, kl, metric, movement, nll, realistic_re
 
 from forgetless.errors import ArtefactError
 from forgetless.evaluation.results import EvaluationReport, LayerMovement, Sample
+from forgetless.experiments.charts import trade_off_panels
 from forgetless.experiments.drawing import Axis
-from forgetless.experiments.layer_charts import split_layer
+from forgetless.experiments.exchanges import exchanges
+from forgetless.experiments.layer_charts import layer_rows, split_layer
 from forgetless.experiments.record import Record
 from forgetless.experiments.report import inline_json, write_report
+from forgetless.experiments.runs import name_runs
 
 ATTACK = (
     "</script><script>document.title='owned';alert(1)</script>"
@@ -259,6 +263,49 @@ def test_axes_hold_their_values_and_have_ticks(make, values):
     assert all(0 <= axis.share(v) <= 1 for v in values)
     assert axis.share(max(values)) >= axis.share(min(values))
     assert all(axis.label(tick) for tick in axis.ticks)
+
+
+@pytest.mark.parametrize("high", [0.00005, 0.00295, 0.0045, 0.06, 0.11, 0.93, 1.5, 33.0])
+def test_tick_texts_of_a_root_axis_have_room(high):
+    axis = Axis.root([0.0, high])
+    places = [282 * axis.share(tick) for tick in axis.ticks]  # the plot's width in the page
+    widths = [6.2 * len(axis.label(tick)) for tick in axis.ticks]
+    assert len(places) >= 3
+    for place in range(len(places) - 1):
+        room = places[place + 1] - places[place]
+        assert room > (widths[place] + widths[place + 1]) / 2
+
+
+def test_seven_kinds_of_layer_stand_in_one_line_and_name_their_axis(tmp_path):
+    rows = layer_rows(name_runs(realistic_records()[:1]))
+    assert [(len(row.panels), row.columns) for row in rows] == [(7, 7), (7, 7)]
+    assert all(">block</text>" in panel.svg for row in rows for panel in row.panels)
+    assert dataclasses.replace(rows[0], panels=rows[0].panels[:1] * 9).columns == 5
+
+
+def test_gain_is_drawn_in_nll_where_no_share_moved():
+    silent = item("sums", "gain", metric("last_number", 0.0, 0.0, 0.01), nll(8.9, 0.5))
+    runs = name_runs([record("A", "lora", (silent, item("facts", "retention", kl(0.1))))])
+    assert trade_off_panels(runs)[0].caption == "against NLL on sums"
+
+
+def test_samples_are_stripped_judged_and_freed_of_their_template(tmp_path):
+    def sample(question: str) -> Sample:
+        start = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n"
+        return Sample(
+            prompt=f"{start}{question}<|im_end|>\n<|im_start|>assistant\n", reference="2",
+            base="\n 3", tuned=" 2", base_right=False, tuned_right=True,
+        )  # fmt: skip
+
+    samples = (sample("1 + 1?"), sample("4 - 2?"))
+    one = record("LoRA", "lora", (item("sums", "gain", nll(2, 1), samples=samples),))
+    first = exchanges(name_runs([one]))[0]
+    assert [text for text, faint in first.parts if not faint] == ["1 + 1?"]
+    assert "".join(text for text, _ in first.parts).startswith("<|im_start|>system Be kind.")
+    found = page([one], tmp_path)
+    assert ">3</pre>" in found.source
+    assert "✓ right" in found.words()
+    assert "✗ wrong" in found.words()
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")

@@ -7,7 +7,7 @@ import math
 import pytest
 from report_records import item, kl, metric, nll, realistic_records, record, trade_off
 
-from forgetless.evaluation.results import Estimate, EvaluationReport, MetricResult
+from forgetless.evaluation.results import Estimate, EvaluationReport, MetricResult, RowValues
 from forgetless.experiments.headline import headline, summary_lines
 from forgetless.experiments.markdown import markdown_table
 from forgetless.experiments.numbers import (
@@ -48,16 +48,20 @@ def title(records: list[Record]) -> str:
         (
             (0.5, 0.6),
             (0.5, 0.01),
-            "LoRA-Null forgot less than plain LoRA at the same gain, within noise",
+            "LoRA-Null forgot less than plain LoRA; which gained more, these rows cannot tell",
         ),
         ((0.3, 0.6), (0.5, 0.01), "LoRA-Null gained more than plain LoRA and forgot less"),
-        ((0.5, 0.1), (0.5, 0.1), "LoRA-Null does not differ from plain LoRA by more than noise"),
+        (
+            (0.5, 0.1),
+            (0.5, 0.1),
+            "LoRA-Null against plain LoRA: these rows cannot tell which did better",
+        ),
         ((0.5, 0.6), (0.2, 0.01), "LoRA-Null forgot less than plain LoRA, but gained less"),
         ((0.3, 0.1), (0.5, 0.6), "LoRA-Null gained more than plain LoRA, but forgot more"),
         (
             (0.5, 0.01),
             (0.5, 0.6),
-            "Plain LoRA did better than LoRA-Null: it forgot less at the same gain, within noise",
+            "LoRA-Null forgot more than plain LoRA; which gained more, these rows cannot tell",
         ),
         (
             (0.6, 0.01),
@@ -67,7 +71,7 @@ def title(records: list[Record]) -> str:
         (
             (0.6, 0.1),
             (0.3, 0.1),
-            "Plain LoRA did better than LoRA-Null: it gained more and forgot no more, within noise",
+            "LoRA-Null gained less than plain LoRA; which forgot more, these rows cannot tell",
         ),
         (
             (0.02, 0.6),
@@ -91,27 +95,118 @@ def test_headline_names_where_a_method_forgot_less_and_where_more():
         return (*figures(0.5, a), item("elements", "retention", kl(b)))
 
     records = [record("LoRA", "lora", both(0.1, 0.5)), record("X", "sc-lora", both(0.5, 0.1))]
-    assert "forgot less on elements but more on capitals" in title(records)
+    assert "forgot less than plain LoRA on elements but more on capitals" in title(records)
+
+
+def test_forgot_less_on_some_items_only_names_them():
+    def both(a: float) -> tuple:
+        return (*figures(0.5, a), item("elements", "retention", kl(0.3)))
+
+    records = [record("LoRA", "lora", both(0.5)), record("X", "sc-lora", both(0.1))]
+    assert title(records).startswith("X forgot less than plain LoRA on capitals; which gained")
+
+
+def rows_record(label: str, method: str, right: range, kls: float) -> Record:
+    """A run that answers the rows `right` of 200 rightly, and whose KL by row varies around one."""
+    answers = [float(i in right) for i in range(200)]
+    divergence = [kls * (1 + i % 7 / 10) for i in range(200)]
+    share = len(right) / 200
+    items = []
+    for one, name, values in (
+        (item("sums", "gain", metric("last_number", 0.0, share, 0.07)), "last_number", answers),
+        (item("capitals", "retention", kl(kls)), "kl", divergence),
+    ):
+        by_row = {name: RowValues(tuned=tuple(values))}
+        items.append(one.model_copy(update={"row_values": by_row}))
+    return record(label, method, tuple(items))
+
+
+@pytest.mark.parametrize(
+    ("right", "words", "detail"),
+    [
+        (range(2, 100), "X forgot less than plain LoRA at the same gain", "the same within the ma"),
+        (
+            range(10, 100),
+            "X forgot less than plain LoRA, but gained less",
+            "X gained 45.0\u00a0points to LoRA's 50.0 (last number on sums): "
+            "5.0\u00a0points less (paired −",
+        ),
+        (
+            range(40, 130),
+            "X forgot less than plain LoRA; which gained more, these rows cannot tell",
+            "a difference that these rows cannot tell from 0 (paired −",
+        ),
+    ],
+)
+def test_methods_are_compared_row_by_row_where_records_hold_rows(right, words, detail):
+    records = [rows_record("LoRA", "lora", range(100), 0.88), rows_record("X", "x", right, 0.0035)]
+    said = headline(name_runs(records))
+    assert said.title == words
+    assert any(detail in line for line in said.details), said.details
+    assert "row by row on the same rows" in said.notes[0]
+
+
+def test_rows_of_another_fingerprint_or_none_are_not_paired():
+    records = [
+        rows_record("LoRA", "lora", range(100), 0.88),
+        rows_record("X", "x", range(10, 100), 0.0035),
+    ]
+    unknown = records[1].model_copy(update={"data": []})
+    said = headline(name_runs([records[0], unknown]))
+    assert said.title.endswith("which gained more, these rows cannot tell")
+    assert "no figures row by row" in said.notes[0]
+
+
+def test_ratio_of_a_kl_at_the_rounding_floor_is_not_claimed():
+    def details(dtype: str) -> str:
+        records = pair((0.5, 0.6), (0.5, 0.0025))
+        models = [r.model.model_copy(update={"dtype": dtype}) for r in records]
+        both = [r.model_copy(update={"model": m}) for r, m in zip(records, models, strict=True)]
+        return " ".join(headline(name_runs(both)).details)
+
+    assert "240 times less" in details("float32")
+    assert "times less" not in details("bfloat16")
+    assert "rounding floor of a 16-bit base, about 0.003" in details("bfloat16")
+
+
+def test_gain_in_nll_alone_is_a_gain_and_is_named():
+    silent = metric("last_number", 0.0, 0.0, 0.02)
+    some = metric("last_number", 0.1, 0.12, 0.05)
+    for share in (silent, some):
+        one = record("A", "lora", (item("sums", "gain", share, nll(8.9, 0.5)),))
+        assert title([one]).startswith("A gained 8.40 NLL on sums")
+        assert any("NLL on sums" in str(c) for c in headline(name_runs([one])).runs[0].gained)
+
+
+def test_large_kl_without_a_worse_nll_is_not_called_forgetting_nothing():
+    kept = item("kept", "retention", kl(1.41), nll(2.0, 2.005))
+    said = title([record("A", "lora", (*figures(0.5, 0.1)[:1], kept))])
+    assert said.endswith("on sums; NLL on kept not significantly worse; KL 1.41")
+
+
+def test_improvement_of_what_should_be_kept_is_called_better_and_keeps_its_digits():
+    kept = item("kept", "retention", kl(0.1), nll(6.539, 6.536, 0.001))
+    said = headline(name_runs([record("A", "lora", (*figures(0.5, 0.1)[:1], kept))]))
+    (clause,) = [c for c in said.runs[0].forgot if "NLL" in c.rest]
+    assert clause.lead == "−0.0030, better"
+    assert "6.539 → 6.536" in clause.rest
 
 
 def test_methods_with_the_same_verdict_share_a_clause():
-    records = [*pair((0.5, 0.6), (0.5, 0.01)), record("SC-LoRA", "sc-lora", figures(0.2, 0.01))]
-    assert title(records) == (
-        "LoRA-Null forgot less than plain LoRA at the same gain, within noise; "
-        "SC-LoRA forgot less than plain LoRA, but gained less"
-    )
+    records = [*pair((0.3, 0.6), (0.5, 0.01)), record("SC-LoRA", "sc-lora", figures(0.5, 0.01))]
+    assert title(records) == "LoRA-Null and SC-LoRA gained more than plain LoRA and forgot less"
 
 
 def test_many_verdicts_are_counted_in_the_title_and_listed_below():
     records = [record("LoRA", "lora", figures(0.5, 0.1))]
-    lost = [0.01, 0.01, 0.1, 0.6]
-    records += [record(f"{'method ' * 12}{n}", "x", figures(0.5, k)) for n, k in enumerate(lost)]
+    done = [(0.7, 0.01), (0.7, 0.02), (0.5, 0.1), (0.3, 0.6)]
+    records += [record(f"{'method ' * 12}{n}", "x", figures(*k)) for n, k in enumerate(done)]
     said = headline(name_runs(records))
     assert said.title == (
         "4 comparisons with plain LoRA: the method did better in 2, plain LoRA in 1; "
-        "1 within noise or a trade"
+        "1 unclear or a trade"
     )
-    assert said.details[0].endswith("forgot less than plain LoRA at the same gain, within noise.")
+    assert said.details[0].endswith("gained more than plain LoRA and forgot less.")
 
 
 def test_labels_are_quoted_as_they_are():
@@ -172,6 +267,10 @@ def test_runs_on_other_models_or_other_rows_are_not_compared():
     assert "cannot be compared: the base models differ" in title(
         [first, second.model_copy(update={"model": other})]
     )
+    half = second.model.model_copy(update={"fingerprint": "f", "dtype": "float32"})
+    assert "the base model was loaded in bfloat16 and float32" in title(
+        [first, second.model_copy(update={"model": half})]
+    )
     rows = [d.model_copy(update={"fingerprint": "ffff"}) for d in second.data]
     assert "the rows of sums differ" in title([first, second.model_copy(update={"data": rows})])
 
@@ -185,6 +284,8 @@ def test_labels_that_repeat_are_told_apart():
     first, second = (record("LoRA", "lora", figures(0.5, 0.1), seed=s) for s in (0, 1))
     assert [r.name for r in name_runs([first, second])] == ["LoRA, seed 0", "LoRA, seed 1"]
     assert [r.name for r in name_runs([first, first])] == ["LoRA (1)", "LoRA (2)"]
+    other = first.model_copy(update={"recipe": {"output": "runs/lora-2e-4"}})
+    assert [r.name for r in name_runs([first, other])] == ["LoRA, lora", "LoRA, lora-2e-4"]
 
 
 def test_two_seeds_are_not_called_one():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,20 +13,27 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from forgetless.adapters.arguments import check_arguments
 from forgetless.adapters.forms import FORMS, adapted_layers
 from forgetless.adapters.variant import LIVE_BOTH
 from forgetless.calibration.calibrate import calibrate, check_token_count
 from forgetless.calibration.engine import SiteMoments
 from forgetless.data.loading import load_rows
+from forgetless.data.overlap import refuse_overlap
 from forgetless.data.rows import RowSet
 from forgetless.data.spec import DataInput, parse_data
-from forgetless.errors import (
-    AdapterError,
-    MethodError,
-)
+from forgetless.errors import AdapterError, ForgetlessWarning, MethodError
 from forgetless.methods import MethodInput, make_method
 from forgetless.methods.base import LayerWeights, Method, Role, SiteStatistics
-from forgetless.models.targets import Target, base_of, find_targets, module_suffixes
+from forgetless.models.targets import (
+    Target,
+    TargetSelection,
+    base_of,
+    find_targets,
+    module_suffixes,
+)
+
+SHOWN_SKIPS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +103,19 @@ def attach(
     Raises:
         ForgetlessError: The message says where, what was expected, what came, and what to do.
     """
-    made = make_method(method, rank)
     folder = Path(cache) if cache is not None else None
+    check_arguments(
+        model,
+        tokenizer,
+        batch_size=batch_size,
+        min_tokens=min_tokens,
+        cache=folder,
+        adapter=adapter,
+        seed=seed,
+    )
+    made = make_method(method, rank)
+    if targets is None:
+        _warn_of_skips(find_targets(model))
     given: dict[Role, DataInput | None] = {"train": train_data, "preserve": preserve_data}
     row_sets: dict[Role, list[RowSet]] = {}
     for role in sorted(made.needs):
@@ -142,6 +161,7 @@ def attach_rows(
     selection = find_targets(model, targets)
     for target in selection.targets.values():
         method.check_layer(target.name, target.in_features, target.out_features)
+    refuse_overlap({role: row_sets.get(role, ()) for role in sorted(method.needs)})
     moments: dict[Role, SiteMoments] = {}
     for role in sorted(method.needs):
         if not row_sets.get(role):
@@ -163,6 +183,20 @@ def attach_rows(
     return Attached(peft_model, method, starts, selection.skipped, moments)
 
 
+def _warn_of_skips(selection: TargetSelection) -> None:
+    skipped = selection.unexpected_skips()
+    if not skipped:
+        return
+    shown = "; ".join(f"{n} ({why})" for n, why in list(skipped.items())[:SHOWN_SKIPS])
+    more = f"; and {len(skipped) - SHOWN_SKIPS} more" if len(skipped) > SHOWN_SKIPS else ""
+    warnings.warn(
+        f"attach: {len(skipped)} layer{'s' if len(skipped) > 1 else ''} with weights get no "
+        f"adapter and stay as they are: {shown}{more}",
+        ForgetlessWarning,
+        stacklevel=3,
+    )
+
+
 def _add_adapter(
     model: nn.Module,
     base: PreTrainedModel,
@@ -180,14 +214,16 @@ def _add_adapter(
         init_lora_weights=True,
         fan_in_fan_out=all(isinstance(t.module, Conv1D) for t in targets.values()),
     )
+    existing, training = set(model.modules()), model.training
     if isinstance(model, PeftModel):
-        if adapter in model.peft_config:
-            raise AdapterError(f"adapter {adapter!r}: already there; give adapter= another name")
         model.add_adapter(adapter, config)
         model.set_adapter(adapter)
         peft_model = model
     else:
         peft_model = get_peft_model(base, config, adapter_name=adapter)
+    for module in peft_model.modules():
+        if module not in existing:  # PEFT makes them in training mode, whatever the base is in
+            module.training = training
     if method.form == "both":
         # A folder saved while training holds deviations that PEFT alone would read as an adapter.
         peft_model.peft_config[adapter].init_lora_weights = LIVE_BOTH
@@ -210,7 +246,7 @@ def _start_layers(
     starts = {}
     for position, (name, target) in enumerate(targets.items()):
         stats = SiteStatistics(**{role: found.of(name) for role, found in moments.items()})
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + position)
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + position) % 2**63)
         weights = LayerWeights(name, target.weight_OD(), target.bias_O())
         init = method.init(weights, stats, generator)
         form.start(layers[name], adapter, init)

@@ -4,22 +4,35 @@
 
 from __future__ import annotations
 
+import copy
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from forgetless.adapters.forms import adapted_layers, factors
-from forgetless.adapters.load import WEIGHTS, load_adapter
+from forgetless.adapters.load import CONFIG, WEIGHTS, load_adapter
+from forgetless.adapters.plain_lora import refuse_what_plain_lora_cannot_hold
 from forgetless.adapters.scale import scaled_adapter
 from forgetless.errors import AdapterError
+from forgetless.models.load import base_reference
+from forgetless.models.state import left_as_found
 from forgetless.models.targets import base_of, module_suffixes
 
 PROBE = "forgetless-roundtrip"
+# Largest difference of logits, as a share of the largest logit, that rounding may explain.
+TOLERANCE_FLOAT32 = 1e-3
+TOLERANCE_16_BIT = 5e-2
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +46,29 @@ class RoundTrip:
 
     max_difference: float
     max_logit: float
+
+    @classmethod
+    def of(cls, live: Tensor, found: Tensor, dtype: torch.dtype, where: str) -> RoundTrip:
+        """Compare logits.
+
+        Args:
+            live: Logits of the live adapter.
+            found: Logits of what was written, on the same input.
+            dtype: The coarsest in which either was computed.
+            where: Begins the message.
+
+        Raises:
+            AdapterError: They differ by more than rounding in `dtype` explains.
+        """
+        difference = float((live.float() - found.float()).abs().max())
+        largest = float(live.float().abs().max())
+        share = TOLERANCE_16_BIT if dtype.itemsize < 4 else TOLERANCE_FLOAT32
+        if not difference <= share * largest:  # NaN must not pass
+            raise AdapterError(
+                f"{where}: expected the logits of the live adapter up to {share * largest:.2e}, "
+                f"got a difference of {difference:.2e}; do not use it, and report this"
+            )
+        return cls(difference, largest)
 
 
 def export(
@@ -61,8 +97,35 @@ def export(
         AdapterError: No such adapter, or tensors that a plain LoRA cannot hold.
     """
     folder = Path(folder)
+    refuse_what_plain_lora_cannot_hold(model, adapter)
     layers = adapted_layers(model, adapter)
     base = base_of(model)
+    tensors, rank = _plain_tensors(layers, adapter, scale)
+    name = base_name or base.config.name_or_path
+    config = LoraConfig(
+        task_type=model.peft_config[adapter].task_type,
+        base_model_name_or_path=base_reference(name) if name else None,
+        revision=revision,
+        r=rank,
+        lora_alpha=rank,
+        lora_dropout=0.0,
+        target_modules=module_suffixes(base, list(layers)),
+        init_lora_weights=True,
+        fan_in_fan_out=all(isinstance(x.get_base_layer(), Conv1D) for x in layers.values()),
+        inference_mode=True,
+    )
+    with _written_into(folder) as workplace:
+        save_file(tensors, workplace / WEIGHTS, {"format": "pt"})
+        config.save_pretrained(str(workplace))
+        for file in (WEIGHTS, CONFIG):
+            (workplace / file).replace(folder / file)
+    return folder
+
+
+def _plain_tensors(
+    layers: dict[str, LoraLayer], adapter: str, scale: float
+) -> tuple[dict[str, Tensor], int]:
+    """A and B of every layer under PEFT's names, padded with zeros to the one rank given back."""
     found = {name: factors(layer, adapter) for name, layer in layers.items()}
     rank = max(a_RD.shape[0] for a_RD, _ in found.values())
     tensors: dict[str, Tensor] = {}
@@ -75,25 +138,21 @@ def export(
         prefix = f"base_model.model.{name}"
         tensors[f"{prefix}.lora_A.weight"] = a_RD.float().cpu().contiguous()
         tensors[f"{prefix}.lora_B.weight"] = b_OR.float().cpu().contiguous()
-    live = model.peft_config[adapter]
-    config = LoraConfig(
-        task_type=live.task_type,
-        base_model_name_or_path=base_name or base.config.name_or_path or None,
-        revision=revision,
-        r=rank,
-        lora_alpha=rank,
-        lora_dropout=0.0,
-        target_modules=module_suffixes(base, list(found)),
-        init_lora_weights=True,
-        fan_in_fan_out=all(isinstance(x.get_base_layer(), Conv1D) for x in layers.values()),
-        inference_mode=True,
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f"{WEIGHTS}.part"
-    save_file(tensors, part, {"format": "pt"})
-    config.save_pretrained(str(folder))
-    part.replace(folder / WEIGHTS)
-    return folder
+    return tensors, rank
+
+
+@contextmanager
+def _written_into(folder: Path) -> Iterator[Path]:
+    """A folder inside `folder` to write into and rename out of; gone afterwards, come what may."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as workplace:
+            yield Path(workplace)
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(
+            f"export: could not write {folder} ({str(error).strip()}); free some space, or choose "
+            "another folder"
+        ) from error
 
 
 def check_round_trip(
@@ -104,41 +163,64 @@ def check_round_trip(
     scale: float = 1.0,
     adapter: str = "default",
 ) -> RoundTrip:
-    """Reload an export beside the live adapter and compare logits on the same input."""
-    was_training = model.training
-    model.eval()
-    active = model.active_adapters
-    try:
-        with torch.no_grad():
-            model.set_adapter(adapter)
-            with scaled_adapter(model, scale, adapter):
-                live = model(input_ids=input_ids_BT, use_cache=False).logits.float()
-            load_adapter(model, folder, adapter=PROBE)
-            exported = model(input_ids=input_ids_BT, use_cache=False).logits.float()
-    finally:
-        model.set_adapter(active[0])
-        if PROBE in model.peft_config:
+    """Reload an export beside the live adapter and compare logits on the same input.
+
+    The model is left as it was found.
+
+    Raises:
+        AdapterError: The logits differ by more than rounding explains.
+    """
+    dtype = _coarsest_dtype(base_of(model))
+    with left_as_found(model), torch.no_grad():
+        model.eval()
+        model.set_adapter(adapter)
+        with scaled_adapter(model, scale, adapter):
+            live = model(input_ids=input_ids_BT, use_cache=False).logits
+        load_adapter(model, folder, adapter=PROBE)
+        try:
+            exported = model(input_ids=input_ids_BT, use_cache=False).logits
+        finally:
+            model.set_adapter(adapter)  # PEFT warns of deleting the active one
             model.delete_adapter(PROBE)
-        model.train(was_training)
-    return RoundTrip(float((live - exported).abs().max()), float(live.abs().max()))
+    return RoundTrip.of(live, exported, dtype, f"export: {folder}")
+
+
+def _coarsest_dtype(base: PreTrainedModel) -> torch.dtype:
+    """Of all parameters: that of quantised weights where there are some."""
+    return min((p.dtype for p in base.parameters()), key=lambda dtype: dtype.itemsize)
 
 
 def save_merged(
-    model: PeftModel, folder: Path | str, *, scale: float = 1.0, adapter: str = "default"
+    model: PeftModel,
+    folder: Path | str,
+    *,
+    scale: float = 1.0,
+    adapter: str = "default",
+    dtype: torch.dtype | None = None,
 ) -> Path:
-    """Write the base with W + scale·ΔW, rounded once to the base's dtype; biases and all else kept.
+    """Write the base with W + scale·ΔW, rounded once; biases and all else kept.
 
     The live model is not changed.
+
+    Args:
+        model: A PeftModel with any of our forms, or any PEFT LoRA on linear layers.
+        folder: Where to write.
+        scale: Factor on ΔW.
+        adapter: Which adapter.
+        dtype: Of the weights written; the base's own by default.
+
+    Raises:
+        AdapterError: A quantised base, or an adapter that is more than plain LoRA.
     """
     folder = Path(folder)
+    refuse_what_plain_lora_cannot_hold(model, adapter)
     base = base_of(model)
-    layers = adapted_layers(model, adapter)
-    state: dict[str, Tensor] = {}
-    for key, tensor in base.state_dict(keep_vars=False).items():
-        if ".lora_" in key:
-            continue
-        state[key.replace(".base_layer.", ".")] = tensor
-    for name, layer in layers.items():
+    state = {
+        key.replace(".base_layer.", "."): tensor
+        for key, tensor in base.state_dict(keep_vars=False).items()
+        if ".lora_" not in key
+    }
+    for name, layer in adapted_layers(model, adapter).items():
         if not layer.get_base_layer().weight.is_floating_point():
             raise AdapterError(
                 f"merge: layer {name} is quantised; load the base unquantised and merge there"
@@ -148,8 +230,29 @@ def save_merged(
         if isinstance(layer.get_base_layer(), Conv1D):
             delta_OD = delta_OD.T
         weight = state[f"{name}.weight"]
-        state[f"{name}.weight"] = (
-            (weight.to(delta_OD.dtype) + delta_OD).to(weight.dtype).contiguous()
-        )
-    base.save_pretrained(str(folder), state_dict=state)
+        merged = weight.to(delta_OD.dtype) + delta_OD
+        state[f"{name}.weight"] = merged.to(dtype or weight.dtype).contiguous()
+    try:
+        base.save_pretrained(str(folder), state_dict=_cast(state, dtype))
+        if dtype is not None:  # save_pretrained writes that of the live model
+            config = copy.deepcopy(base.config)
+            config.dtype = dtype
+            config.save_pretrained(str(folder))
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(
+            f"merge: could not write {folder} ({str(error).strip()}); free some space, or choose "
+            "another folder"
+        ) from error
     return folder
+
+
+def _cast(state: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Floating tensors in another dtype; tied ones stay one tensor."""
+    if dtype is None:
+        return state
+    made: dict[tuple[int, torch.Size], Tensor] = {}
+    found = dict(state)  # the originals stay alive, so that no address is used twice
+    for name, tensor in state.items():
+        if tensor.is_floating_point():
+            found[name] = made.setdefault((tensor.data_ptr(), tensor.shape), tensor.to(dtype))
+    return found

@@ -115,22 +115,32 @@ FORMS: dict[Trains, Form] = {
 }
 
 
+def peft_model_of(model: nn.Module) -> PeftModel:
+    """The model itself.
+
+    Raises:
+        AdapterError: It is no PeftModel.
+    """
+    if not isinstance(model, PeftModel):
+        raise AdapterError(f"model: expected a PeftModel, got {type(model).__name__}; attach first")
+    return model
+
+
 def adapted_layers(model: nn.Module, adapter: str = "default") -> dict[str, LoraLayer]:
     """LoRA layers that hold `adapter`, by the name of their base layer; any PEFT LoRA will do.
 
     Raises:
         AdapterError: The model has no such adapter, or one that is not LoRA on linear layers.
     """
-    if not isinstance(model, PeftModel):
-        raise AdapterError(f"model: expected a PeftModel, got {type(model).__name__}; attach first")
     layers = {
         name: module
-        for name, module in model.get_base_model().named_modules()
+        for name, module in peft_model_of(model).get_base_model().named_modules()
         if isinstance(module, LoraLayer) and adapter in module.lora_A
     }
     if not layers:
         raise AdapterError(
-            f"adapter {adapter!r}: no LoRA layer holds it; there are {sorted(model.peft_config)}"
+            f"adapter {adapter!r}: no LoRA layer holds it; "
+            f"there are {sorted(peft_model_of(model).peft_config)}"
         )
     for name, layer in layers.items():
         variant = layer.lora_variant.get(adapter)
@@ -143,12 +153,22 @@ def adapted_layers(model: nn.Module, adapter: str = "default") -> dict[str, Lora
 
 
 def form_of(model: nn.Module, adapter: str = "default") -> Form:
-    """The form that an adapter is held in; the same in all its layers."""
+    """The form that an adapter is held in; the same in all its layers.
+
+    Raises:
+        AdapterError: Somebody else's adapter that freezes tensors which no form here freezes.
+    """
     layer = next(iter(adapted_layers(model, adapter).values()))
     if isinstance(layer.lora_variant.get(adapter), BothVariant):
         return FORMS["both"]
-    frozen = layer.frozen_peft_weight_names.get(adapter, ())
-    return next(f for f in FORMS.values() if f.name != "both" and f.frozen == tuple(frozen))
+    frozen = tuple(layer.frozen_peft_weight_names.get(adapter, ()))
+    for form in FORMS.values():
+        if form.name != "both" and form.frozen == frozen:
+            return form
+    raise AdapterError(
+        f"adapter {adapter!r}: expected none, lora_A or lora_B frozen, got {', '.join(frozen)}; "
+        "train it with the library that made it"
+    )
 
 
 def factors(layer: LoraLayer, adapter: str = "default") -> tuple[Tensor, Tensor]:

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from forgetless.adapters.forms import adapted_layers, factors
+from forgetless.adapters.plain_lora import refuse_changed_base
 from forgetless.adapters.variant import FIXED_A, LIVE_BOTH, BothVariant
 from forgetless.errors import AdapterError, ArtefactError
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+# What PEFT raises over a configuration, or tensors, that do not fit a base; its own derive from
+# these, and a ForgetlessError is never raised inside the calls guarded by them.
+_PEFT_ERRORS = (ValueError, TypeError, KeyError, AttributeError, RuntimeError)
 
 
 def load_adapter(
@@ -24,7 +33,8 @@ def load_adapter(
 ) -> PeftModel:
     """Load a LoRA adapter from a folder onto its base, for evaluation or export.
 
-    A checkpoint of the form `both`, which PEFT alone refuses, is opened here too.
+    A checkpoint of the form `both`, which PEFT alone refuses, is opened here too. After an error
+    the base is as it was.
 
     Args:
         base: The base model, or a PeftModel that gets one more adapter.
@@ -32,47 +42,77 @@ def load_adapter(
         adapter: Name to load it under.
 
     Raises:
-        AdapterError: No adapter there, not LoRA, or of a model with other layers.
+        AdapterError: No adapter there, not LoRA, of a model with other layers, or of a base that
+            its own start has changed.
         ArtefactError: A truncated or damaged file.
     """
     folder = Path(folder)
+    if isinstance(base, PeftModel) and adapter in base.peft_config:
+        raise AdapterError(f"adapter {adapter!r}: already there; give adapter= another name")
     config = _read_config(folder)
     tensors = _read_tensors(folder)
-    both = any(f".{FIXED_A}." in key for key in tensors)
-    if isinstance(config.init_lora_weights, str):
-        # The tensors are overwritten below: never re-run a data-driven init of another library.
-        config.init_lora_weights = True
-    config.inference_mode = True
-    if isinstance(base, PeftModel):
-        base.add_adapter(adapter, config)
-        model = base
-    else:
-        model = get_peft_model(base, config, adapter_name=adapter)
-    if both:
-        for layer in adapted_layers(model, adapter).values():
-            BothVariant.install(layer, adapter)
-        model.peft_config[adapter].init_lora_weights = LIVE_BOTH
-    _fill(model, tensors, adapter, folder)
+    with ExitStack() as undo:
+        undo.callback(_undo_for(base, adapter))
+        model = _inject(base, config, adapter, folder)
+        if any(f".{FIXED_A}." in key for key in tensors):
+            for layer in adapted_layers(model, adapter).values():
+                BothVariant.install(layer, adapter)
+            model.peft_config[adapter].init_lora_weights = LIVE_BOTH
+        _fill(model, tensors, adapter, folder)
+        undo.pop_all()
     model.set_adapter(adapter)
     model.eval()
     return model
 
 
-def _read_config(folder: Path) -> LoraConfig:
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """What `adapter_config.json` in a folder says.
+
+    Raises:
+        AdapterError: There is none.
+        ArtefactError: It is truncated, or no mapping.
+    """
     path = folder / CONFIG
     if not path.is_file():
         raise AdapterError(
             f"{folder}: expected an adapter folder with {CONFIG}, found none; check the path"
         )
     try:
-        kind = json.loads(path.read_text()).get("peft_type")
-    except ValueError as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ArtefactError(f"{path}: truncated or damaged ({error}); copy it again") from error
+    if not isinstance(values, dict):
+        raise ArtefactError(
+            f"{path}: expected a mapping, got {type(values).__name__}; copy it again"
+        )
+    return values
+
+
+def _read_config(folder: Path) -> LoraConfig:
+    path = folder / CONFIG
+    values = read_adapter_config(folder)
+    kind = values.get("peft_type")
     if kind != "LORA":
         raise AdapterError(
             f"{path}: expected peft_type LORA, got {kind}; only LoRA can be measured"
         )
-    return LoraConfig.from_pretrained(str(folder))
+    refuse_changed_base(str(path), values.get("init_lora_weights", True))
+    if values.get("bias", "none") != "none" or values.get("layer_replication"):
+        raise AdapterError(
+            f"{path}: expected an adapter beside the base, got bias or layer_replication, which "
+            "change the base itself; save the merged model and evaluate that"
+        )
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+    except _PEFT_ERRORS as error:
+        raise AdapterError(
+            f"{path}: expected a LoRA configuration, got {_first_line(error)}; save it again"
+        ) from error
+    if isinstance(config.init_lora_weights, str):
+        # The tensors are overwritten: never re-run a data-driven init of another library.
+        config.init_lora_weights = True
+    config.inference_mode = True
+    return config
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -81,16 +121,58 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         raise AdapterError(f"{folder}: expected {WEIGHTS}, found none; save it as safetensors")
     try:
         return load_file(path)
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise ArtefactError(f"{path}: truncated or damaged ({error}); copy it again") from error
+
+
+def _inject(
+    base: PreTrainedModel | PeftModel, config: LoraConfig, adapter: str, folder: Path
+) -> PeftModel:
+    """Let PEFT make its layers; what it says of a configuration that does not fit is passed on."""
+    try:
+        if isinstance(base, PeftModel):
+            base.add_adapter(adapter, config)
+            return base
+        return get_peft_model(base, config, adapter_name=adapter)
+    except _PEFT_ERRORS as error:
+        raise AdapterError(
+            f"{folder}: does not fit this base model ({_first_line(error)}); "
+            "load it on the model that it was trained on"
+        ) from error
+
+
+def _undo_for(base: PreTrainedModel | PeftModel, adapter: str) -> Callable[[], None]:
+    """What takes a half-loaded adapter off again, however far PEFT came."""
+    children = [(m, name, child) for m in base.modules() for name, child in m.named_children()]
+    flags = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
+    modes = [(module, module.training) for module in base.modules()]
+    was_bare = not hasattr(base, "peft_config")  # PEFT hangs it on the base
+
+    def undo() -> None:
+        if isinstance(base, PeftModel):
+            for module in base.modules():
+                if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+                    module.delete_adapter(adapter)
+            base.peft_config.pop(adapter, None)
+        elif was_bare and hasattr(base, "peft_config"):
+            del base.peft_config
+        for parent, name, child in children:
+            setattr(parent, name, child)
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)
+        for module, training in modes:
+            module.training = training
+
+    return undo
 
 
 def _fill(model: PeftModel, tensors: dict[str, Tensor], adapter: str, folder: Path) -> None:
     """Load, and refuse what PEFT would pass over: missing and unexpected keys, wrong shapes."""
     try:
         result = set_peft_model_state_dict(model, tensors, adapter_name=adapter)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+    except _PEFT_ERRORS as error:
+        lines = str(error).splitlines()
+        first = lines[1].strip() if len(lines) > 1 else _first_line(error)
         raise AdapterError(f"{folder}: does not fit this base model ({first})") from error
     missing = [k for k in result.missing_keys if "lora_" in k and f".{adapter}." in k]
     if missing or result.unexpected_keys:
@@ -103,3 +185,8 @@ def _fill(model: PeftModel, tensors: dict[str, Tensor], adapter: str, folder: Pa
         for tensor in factors(layer, adapter):
             if not tensor.isfinite().all():
                 raise ArtefactError(f"{folder}: layer {name} holds NaN or inf; train it again")
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0].rstrip(".")[:300] if text else type(error).__name__

@@ -31,7 +31,7 @@ def calibrate(
     """Second moments of the base over all row sets, each token with the same weight; cached."""
     total, done = sum(len(rows.rows) for rows in row_sets), 0
     merged: SiteMoments | None = None
-    fingerprint = model_fingerprint(model) if cache is not None else ""
+    shelf = _Shelf(cache, model, targets) if cache is not None else None
 
     def advance(rows: int) -> None:
         nonlocal done
@@ -41,9 +41,19 @@ def calibrate(
 
     for rows in row_sets:
         tokens = tokenize(rows, tokenizer)
-        part = _cached_moments(
-            model, tokenizer, targets, rows, tokens, batch_size, cache, fingerprint, advance
-        )
+        part = shelf.take(tokens, rows) if shelf is not None else None
+        if part is not None:
+            advance(len(tokens))
+        else:
+            batches = make_batches(
+                tokens,
+                batch_size=batch_size,
+                pad_token_id=pad_token_id(tokenizer),
+                tokens=rows.spec.tokens,
+            )
+            part = collect_moments(model, targets, batches, progress=advance)
+            if shelf is not None:
+                shelf.put(part, tokens, rows)
         if merged is None:
             merged = part
         else:
@@ -53,45 +63,47 @@ def calibrate(
     return merged
 
 
-def _cached_moments(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    targets: Mapping[str, Target],
-    rows: RowSet,
-    tokens: Sequence[TokenRow],
-    batch_size: int,
-    cache: Path | None,
-    fingerprint: str,
-    advance: Callable[[int], None],
-) -> SiteMoments:
-    path, key = None, {}
-    if cache is not None:
+class _Shelf:
+    """A cache folder, for one model and its targets; what goes wrong with it costs time only."""
+
+    def __init__(self, folder: Path, model: nn.Module, targets: Mapping[str, Target]) -> None:
+        self._folder = folder
+        self._model = model_fingerprint(model)
+        self._dtype = str(base_of(model).dtype)
+        self._targets = list(targets)
+
+    def _place(self, tokens: Sequence[TokenRow], rows: RowSet) -> tuple[Path, dict[str, str]]:
         key = moments_key(
-            model=fingerprint,
-            dtype=str(base_of(model).dtype),
-            targets=list(targets),
+            model=self._model,
+            dtype=self._dtype,
+            targets=self._targets,
             rows=tokens,
             tokens=rows.spec.tokens,
         )
-        path = moments_path(cache, key)
+        return moments_path(self._folder, key), key
+
+    def take(self, tokens: Sequence[TokenRow], rows: RowSet) -> SiteMoments | None:
+        """Moments of these tokens, where the folder has them whole."""
         try:
-            stored = load_moments(path, key)
+            return load_moments(*self._place(tokens, rows))
         except ArtefactError as error:
-            warnings.warn(f"{error}; collecting again", ForgetlessWarning, stacklevel=2)
-            stored = None
-        if stored is not None:
-            advance(len(tokens))
-            return stored
-    batches = make_batches(
-        tokens,
-        batch_size=batch_size,
-        pad_token_id=pad_token_id(tokenizer),
-        tokens=rows.spec.tokens,
-    )
-    found = collect_moments(model, targets, batches, progress=advance)
-    if path is not None:
-        save_moments(found, path, key)
-    return found
+            warnings.warn(
+                f"{error}; the moments are collected again and replace it",
+                ForgetlessWarning,
+                stacklevel=3,
+            )
+            return None
+
+    def put(self, found: SiteMoments, tokens: Sequence[TokenRow], rows: RowSet) -> None:
+        """Keep moments for the next time."""
+        try:
+            save_moments(found, *self._place(tokens, rows))
+        except ArtefactError as error:
+            warnings.warn(
+                f"{error}; this run goes on, the next one collects them again",
+                ForgetlessWarning,
+                stacklevel=3,
+            )
 
 
 def check_token_count(moments: SiteMoments, role: str, min_tokens: int | None = None) -> None:

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from forgetless.calibration.hooks import base_forward, observe_sites
+from forgetless.calibration.memory import refuse_beyond_memory
 from forgetless.data.tokens import Batch
 from forgetless.errors import CalibrationError
 from forgetless.linalg.moments import SecondMoment
-from forgetless.models.targets import Target
+from forgetless.models.targets import Target, base_of, module_suffixes
+
+SHOWN_NAMES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +26,7 @@ class SiteMoments:
 
     Attributes:
         moments: By site.
-        site_of: Target name to site. Targets without one saw only a part of the tokens (routed
-            experts) and have no moment.
+        site_of: Target name to site; every target has one.
     """
 
     moments: dict[str, SecondMoment]
@@ -59,31 +61,40 @@ def collect_moments(
 
     Raises:
         CalibrationError: NaN or inf in an input (layer and row are named), no kept token at all,
-            or a layer that is fed only part of the tokens.
+            a layer that is fed no or only part of the tokens, or too little free memory.
     """
     collector = _Collector()
     device = next(model.parameters()).device
-    with (
-        base_forward(model) as decoder,
-        observe_sites(model, targets, collector.observe) as sites,
-    ):
-        for batch in batches:
-            collector.start(batch, device)
-            decoder(**_inputs(batch, device), use_cache=False)
-            sites.forget_tensors()
-            if progress is not None:
-                progress(len(batch.index))
+    with base_forward(model) as decoder:
+        refuse_beyond_memory(model, decoder, targets)
+        with observe_sites(model, targets, collector.observe) as sites:
+            for batch in batches:
+                collector.start(batch, device)
+                decoder(**_inputs(batch, device), use_cache=False)
+                sites.forget_tensors()
+                if progress is not None:
+                    progress(len(batch.index))
     if not collector.moments or all(m.num_tokens == 0 for m in collector.moments.values()):
         raise CalibrationError(
             "calibration: expected at least one kept token, got none; is the data empty?"
         )
-    missing = [name for name in targets if name not in sites.site_of]
-    if missing:
-        raise CalibrationError(
-            f"calibration: layer {missing[0]} was never called on {len(missing)} of {len(targets)} "
-            "targets; leave such layers out of the targets"
-        )
+    _refuse_idle(model, targets, sites.site_of)
     return SiteMoments(collector.moments, dict(sites.site_of))
+
+
+def _refuse_idle(
+    model: nn.Module, targets: Mapping[str, Target], site_of: Mapping[str, str]
+) -> None:
+    """Refuse targets that text never reaches, such as those of a vision tower."""
+    idle = [name for name in targets if name not in site_of]
+    if idle:
+        called = module_suffixes(base_of(model), [name for name in targets if name in site_of])
+        more = ", …" if len(called) > SHOWN_NAMES else ""
+        raise CalibrationError(
+            f"calibration: expected text to reach every target, {len(idle)} of {len(targets)} were "
+            f"never called, the first {idle[0]}; leave them out: "
+            f"targets=[{', '.join(called[:SHOWN_NAMES])}{more}]"
+        )
 
 
 def _inputs(batch: Batch, device: torch.device) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from forgetless.models.state import left_as_found
 from forgetless.models.targets import Target, base_of
 
 SiteCallback = Callable[[str, Tensor], None]
@@ -83,11 +84,10 @@ def base_forward(model: nn.Module) -> Iterator[nn.Module]:
 
     Yields the decoder without its output head, so that no logits are computed.
     """
-    was_training = model.training
     with ExitStack() as stack:
+        stack.enter_context(left_as_found(model))
         if isinstance(model, PeftModel):
             stack.enter_context(model.disable_adapter())
         stack.enter_context(torch.no_grad())
         model.eval()
-        stack.callback(model.train, was_training)
         yield base_of(model).base_model

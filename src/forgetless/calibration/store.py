@@ -8,16 +8,19 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from forgetless.calibration.engine import SiteMoments
 from forgetless.data.tokens import TokenRow
 from forgetless.errors import ArtefactError
 from forgetless.linalg.moments import SecondMoment
 
-FORMAT = "forgetless-moments-1"
+FORMAT = "forgetless-moments-2"
 
 
 def moments_key(
@@ -47,24 +50,43 @@ def moments_key(
 
 def moments_path(folder: Path, key: Mapping[str, str]) -> Path:
     """File for a key inside a cache folder."""
-    digest = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()
+    described = json.dumps([FORMAT, dict(key)], sort_keys=True)
+    digest = hashlib.sha256(described.encode()).hexdigest()
     return folder / f"moments-{digest[:16]}.safetensors"
 
 
 def save_moments(found: SiteMoments, path: Path, key: Mapping[str, str]) -> None:
-    """Write atomically: a reader sees the whole file or none."""
+    """Write atomically: a reader sees the whole file or none.
+
+    Raises:
+        ArtefactError: The file cannot be written.
+    """
     tensors = {}
-    counts = {}
+    sites = {}
     for site, moment in found.moments.items():
         tensors[f"{site}/sum_DD"] = moment.sum_DD.cpu().contiguous()
         tensors[f"{site}/sum_D"] = moment.sum_D.cpu().contiguous()
-        counts[site] = [moment.num_tokens, moment.num_samples]
+        sites[site] = {
+            "num_tokens": moment.num_tokens,
+            "num_samples": moment.num_samples,
+            "sha256": _digest(tensors[f"{site}/sum_DD"], tensors[f"{site}/sum_D"]),
+        }
     metadata = {
         "format": FORMAT,
         "key": json.dumps(dict(key), sort_keys=True),
         "site_of": json.dumps(found.site_of),
-        "counts": json.dumps(counts),
+        "sites": json.dumps(sites),
     }
+    try:
+        _write(path, tensors, metadata)
+    except (SafetensorError, OSError) as error:  # either, where the disk is full
+        raise ArtefactError(
+            f"{path}: moments could not be written ({error}); free some space or take another "
+            "folder for the cache"
+        ) from error
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
     os.close(handle)
@@ -72,8 +94,6 @@ def save_moments(found: SiteMoments, path: Path, key: Mapping[str, str]) -> None
     try:
         save_file(tensors, part, metadata)
         part.replace(path)
-    except SafetensorError as error:  # how safetensors reports a full disk
-        raise ArtefactError(f"{path}: cannot be written ({error}); free some space") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -82,32 +102,53 @@ def load_moments(path: Path, key: Mapping[str, str]) -> SiteMoments | None:
     """Read moments back; None where the file does not exist.
 
     Raises:
-        ArtefactError: Truncated, not ours, or of another model, data, template, mask rule or dtype.
+        ArtefactError: Truncated, damaged, not ours, or of another model, data, template, mask rule
+            or dtype. The message names no remedy: the caller has one, to collect again.
     """
     if not path.exists():
         return None
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ArtefactError(
-                    f"{path}: expected {FORMAT}, got {metadata.get('format')!r}; delete the file"
-                )
-            stored = json.loads(metadata["key"])
-            for part, value in key.items():
-                if stored.get(part) != value:
-                    raise ArtefactError(
-                        f"{path}: expected {part} {value}, got {stored.get(part)}; delete the file"
-                    )
-            moments = {
-                site: SecondMoment(
-                    file.get_tensor(f"{site}/sum_DD"),
-                    file.get_tensor(f"{site}/sum_D"),
-                    num_tokens,
-                    num_samples,
-                )
-                for site, (num_tokens, num_samples) in json.loads(metadata["counts"]).items()
-            }
-            return SiteMoments(moments, json.loads(metadata["site_of"]))
-    except SafetensorError as error:
-        raise ArtefactError(f"{path}: truncated or damaged ({error}); delete the file") from error
+            _check_origin(path, metadata, key)
+            sites = json.loads(metadata["sites"])
+            moments = {site: _site(file, site, facts) for site, facts in sites.items()}
+            site_of = {str(t): str(s) for t, s in json.loads(metadata["site_of"]).items()}
+    # What reading fails with where bytes of the header or of its JSON are others.
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, ArtefactError):
+            raise
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ArtefactError(f"{path}: truncated or damaged ({reason})") from error
+    if not moments or not moments.keys() >= set(site_of.values()):
+        raise ArtefactError(f"{path}: damaged (a layer without its moment)")
+    for site, moment in moments.items():
+        whole = _digest(moment.sum_DD, moment.sum_D) == sites[site].get("sha256")
+        if not (whole and moment.sum_DD.isfinite().all() and moment.sum_D.isfinite().all()):
+            raise ArtefactError(f"{path}: damaged (the moment of site {site})")
+    return SiteMoments(moments, site_of)
+
+
+def _check_origin(path: Path, metadata: Mapping[str, str], key: Mapping[str, str]) -> None:
+    if metadata.get("format") != FORMAT:
+        raise ArtefactError(f"{path}: expected {FORMAT}, got {metadata.get('format')!r}")
+    stored = json.loads(metadata["key"])
+    for part, value in key.items():
+        if stored.get(part) != value:
+            raise ArtefactError(f"{path}: expected {part} {value}, got {stored.get(part)}")
+
+
+def _site(file: Any, site: str, facts: Mapping[str, Any]) -> SecondMoment:
+    return SecondMoment(
+        file.get_tensor(f"{site}/sum_DD"),
+        file.get_tensor(f"{site}/sum_D"),
+        int(facts["num_tokens"]),
+        int(facts["num_samples"]),
+    )
+
+
+def _digest(*tensors: Tensor) -> str:
+    state = hashlib.sha256()
+    for tensor in tensors:
+        state.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return state.hexdigest()

@@ -57,6 +57,13 @@ def load_rows(
     return RowSet(spec, tuple(rows))
 
 
+def rows_to_sample(spec: DataSpec) -> int:
+    """How many rows `load_rows` has the model write, the slow part; 0 where it only reads."""
+    if not spec.self_sampled:
+        return 0
+    return spec.rows[1] if spec.rows else spec.limit or SELF_ROWS
+
+
 def _self_rows(
     spec: DataSpec,
     tokenizer: PreTrainedTokenizerBase,
@@ -66,7 +73,7 @@ def _self_rows(
 ) -> tuple[Row, ...]:
     if model is None:
         raise DataError("self: expected a model to sample from, got none; give the base model")
-    wanted = spec.rows[1] if spec.rows else spec.limit or SELF_ROWS
+    wanted = rows_to_sample(spec)
     sampled = sample_self(
         model,
         tokenizer,

@@ -10,7 +10,7 @@ from forgetless.errors import DataError
 
 
 def refuse_overlap(sets: Mapping[str, Sequence[RowSet]]) -> None:
-    """Refuse rows that two roles share, by the hash of their rendered text.
+    """Refuse rows that two roles share, by their rendered text; white space makes no difference.
 
     Rows that appear twice within one role are the user's choice and pass.
 

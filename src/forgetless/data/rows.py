@@ -35,8 +35,11 @@ class Row:
 
     @property
     def digest(self) -> str:
-        """Hex sha256 of the rendered text."""
-        return hashlib.sha256(self.text.encode()).hexdigest()
+        """Hex sha256 of the rendered text, runs of white space taken as one and none at the ends.
+
+        For finding equal rows; what depends on every character takes the set's `fingerprint`.
+        """
+        return hashlib.sha256(" ".join(self.text.split()).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

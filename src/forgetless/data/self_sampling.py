@@ -25,6 +25,7 @@ from forgetless.data.rows import Row
 from forgetless.data.tokens import pad_token_id
 from forgetless.errors import DataError, ForgetlessWarning
 from forgetless.models.fingerprint import model_fingerprint
+from forgetless.models.state import left_as_found
 
 _FORMAT = 2  # raise it when sampling changes: older cache files then no longer match
 _MARK = "\N{BLACK SQUARE}user text\N{BLACK SQUARE}"
@@ -84,7 +85,7 @@ def sample_self(
             while len(texts) < rows:
                 # Whole batches, each under a seed of its own: the draws depend neither on how many
                 # rows are asked for nor on how many were kept.
-                torch.manual_seed(seed * 1_000_003 + len(texts) // batch_size)
+                torch.manual_seed((seed * 1_000_003 + len(texts) // batch_size) % 2**63)
                 texts += _batch(base, tokenizer, prefix_ids, batch_size, max_length)
                 if progress is not None:
                     progress(min(len(texts), rows), rows)
@@ -115,8 +116,6 @@ def _prefix(tokenizer: PreTrainedTokenizerBase) -> str:
 @contextlib.contextmanager
 def _sampling(model: PreTrainedModel | PeftModel) -> Iterator[PreTrainedModel]:
     """The bare base model in eval mode, with plain sampling settings; random state restored."""
-    modes = {module: module.training for module in model.modules()}
-    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
     adapter_off: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     base: Any = model
     if isinstance(model, PeftModel):
@@ -127,7 +126,12 @@ def _sampling(model: PreTrainedModel | PeftModel) -> Iterator[PreTrainedModel]:
     # arguments leave open from there: a fresh configuration is the only way to the bare model.
     settings = base.generation_config
     try:
-        with torch.random.fork_rng(devices=devices), adapter_off, torch.no_grad():
+        with (
+            torch.random.fork_rng(devices=devices),
+            left_as_found(model),
+            adapter_off,
+            torch.no_grad(),
+        ):
             model.eval()
             base.generation_config = GenerationConfig(
                 do_sample=True, temperature=1.0, top_k=0, top_p=1.0
@@ -135,11 +139,6 @@ def _sampling(model: PreTrainedModel | PeftModel) -> Iterator[PreTrainedModel]:
             yield base
     finally:
         base.generation_config = settings
-        for module, mode in modes.items():
-            module.training = mode
-        # Leaving disable_adapter() thaws adapter weights that were frozen by hand.
-        for parameter, is_trained in trained.items():
-            parameter.requires_grad_(is_trained)
 
 
 def _batch(

@@ -177,7 +177,7 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
             except json.JSONDecodeError as failure:
                 raise DataError(
                     f"{where}: expected a JSON object, got {shortened(line.strip())} "
-                    f"({failure.msg} at column {failure.colno}); mend or remove the line"
+                    f"({_fault(failure)}); mend or remove the line"
                 ) from failure
 
 
@@ -192,10 +192,15 @@ def _read_json(path: Path) -> Iterator[Record]:
     except json.JSONDecodeError as failure:
         raise DataError(
             f"{path}: line {failure.lineno}: expected a JSON array of objects, got "
-            f"{failure.msg} at column {failure.colno}; mend the file"
+            f"{_fault(failure)}; mend the file"
         ) from failure
     for index, entry in enumerate(entries):
         yield _as_record(entry, f"{path}: entry {index}")
+
+
+def _fault(failure: json.JSONDecodeError) -> str:
+    """What and where; some of the decoder's messages end in `at` themselves."""
+    return f"{failure.msg.removesuffix(' at')} at column {failure.colno}"
 
 
 def _read_csv(path: Path) -> Iterator[Record]:

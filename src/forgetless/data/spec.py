@@ -169,7 +169,7 @@ def parse_data(
     if not isinstance(value, Sequence) or isinstance(value, bytes | bytearray):
         raise DataError(
             f"{where}: expected a path, a hub id, `self`, a mapping of data keys, a Dataset or a "
-            f"list of these, got {shortened(value)}"
+            f"list of these, got {'nothing' if value is None else shortened(value)}"
         )
     if value and strings == "text" and all(isinstance(entry, str) for entry in value):
         _refuse_names(value, where)

@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,6 +58,10 @@ def tokenize(
 
     Rows that a chat template rendered bring their special tokens; others get the tokenizer's own.
     A token that spans the boundary of prompt and completion belongs to the completion.
+
+    Train rows and the gain side of an evaluation get the end-of-sequence token, preserve rows and
+    the retention side do not: gain is scored on exactly the tokens that were trained, retention on
+    the text alone (docs/decisions/0007-gain-is-scored-with-the-end-of-sequence-token.md).
 
     Args:
         rows: Rendered rows.
@@ -185,6 +190,14 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.pad_token_id is not None:
         return int(tokenizer.pad_token_id)
     return 0 if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
+
+
+def fingerprint_token_rows(rows: Iterable[TokenRow]) -> str:
+    """Hash of the rows in their order, of all that is trained or calibrated on; 32 hex digits."""
+    state = hashlib.sha256()
+    for row in rows:
+        state.update(f"{row.prompt_length}:{','.join(map(str, row.input_ids))};".encode())
+    return state.hexdigest()[:32]
 
 
 def count_truncated(rows: Sequence[TokenRow]) -> int:

@@ -49,9 +49,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def shortened(value: object, width: int = 60) -> str:
-    """The value as Python writes it, cut to one short line."""
+    """The value as Python writes it, cut to one short line, its closing quote or bracket kept."""
     text = repr(value)
-    return text if len(text) <= width else text[: width - 1] + "…"
+    return text if len(text) <= width else f"{text[: width - 2]}…{text[-1]}"
 
 
 def _line(kind: type[BaseModel], finding: ErrorDetails, where: str) -> str:
@@ -70,7 +70,12 @@ def _line(kind: type[BaseModel], finding: ErrorDetails, where: str) -> str:
     if finding["type"] == "value_error":
         return f"{place}{': ' if place else ''}{context['error']}"
     message = finding["msg"].removeprefix("Input should be ")
-    return f"{place}{': ' if place else ''}expected {message}, got {shortened(finding['input'])}"
+    if finding["type"] == "path_type":  # pydantic names Python's class
+        message = "a path"
+    got = shortened(finding["input"])
+    if finding["input"] is None:  # in YAML: a key with nothing behind it
+        got = "nothing; give it a value or leave the key out"
+    return f"{place}{': ' if place else ''}expected {message}, got {got}"
 
 
 def _keys(model: type[BaseModel] | None) -> list[str]:

@@ -16,16 +16,15 @@ from forgetless.data.tokens import TokenRow
 from forgetless.errors import AdapterError, DataError, ForgetlessWarning
 from forgetless.evaluation.answers import check_answers, judge
 from forgetless.evaluation.base_cache import BaseCache
-from forgetless.evaluation.bootstrap import bootstrap_mean
 from forgetless.evaluation.generation import end_token_ids, generate_greedy
 from forgetless.evaluation.instructions import parse_constraint
 from forgetless.evaluation.items import GENERATED, EvaluationItem
 from forgetless.evaluation.likelihood import RowScores, compare_rows, score_rows
-from forgetless.evaluation.results import ItemResult, MetricResult, Sample, Side
+from forgetless.evaluation.pairing import Measured, divergence, paired
+from forgetless.evaluation.results import ItemResult, Sample, Side
 from forgetless.models.targets import base_of
 
 Progress = Callable[[str, int, int], None]
-_LOWER_IS_BETTER = frozenset({"nll", "kl"})
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,8 @@ def measure_item(
         model: The tuned model, in eval mode.
         tokenizer: Its tokenizer.
         loaded: The item, checked by `check_item`.
-        samples: How many rows to show generations of.
+        samples: How many rows to show generations of; the first where base and tuned model
+            differ, of all rows where a metric generates.
         cache: The base's figures.
         progress: Called with stage, rows done and rows in all.
 
@@ -118,7 +118,7 @@ def measure_item(
     Raises:
         AdapterError: A likelihood that is NaN or infinite.
     """
-    found: dict[str, MetricResult] = {}
+    found: dict[str, Measured] = {}
     if {"nll", "kl", "greedy_match"} & set(loaded.item.metrics):
         found |= _likelihood_metrics(model, tokenizer, loaded, cache, progress)
     shown: tuple[Sample, ...] = ()
@@ -127,16 +127,20 @@ def measure_item(
         base, tuned = _generations(model, tokenizer, loaded, index, cache, progress)
         if loaded.generates:
             found |= _judged_metrics(loaded, base, tuned)
+        right = _right(loaded, found)
+        telling = sorted(range(len(index)), key=lambda k: base[k].strip() == tuned[k].strip())
         shown = tuple(
-            _sample(loaded.rows.rows[i], base[k], tuned[k]) for k, i in enumerate(index[:samples])
+            _sample(loaded.rows.rows[index[k]], base[k], tuned[k], right(k))
+            for k in sorted(telling[:samples])
         )
     return ItemResult(
         name=loaded.item.name,
         side=loaded.side,
         rows=len(loaded.tokens),
         truncated_rows=sum(row.truncated for row in loaded.tokens),
-        metrics={metric: found[metric] for metric in loaded.item.metrics},
+        metrics={metric: found[metric].result for metric in loaded.item.metrics},
         samples=shown,
+        row_values={metric: found[metric].by_row for metric in loaded.item.metrics},
     )
 
 
@@ -146,7 +150,7 @@ def _likelihood_metrics(
     loaded: LoadedItem,
     cache: BaseCache,
     progress: Progress | None,
-) -> dict[str, MetricResult]:
+) -> dict[str, Measured]:
     rows, size, name = loaded.tokens, loaded.item.batch_size, loaded.item.name
     kl_sum: NDArray[np.float64] | None = None
     if "kl" in loaded.item.metrics:
@@ -169,18 +173,15 @@ def _likelihood_metrics(
     kept = _scored_rows(tuned, name)
     tokens = tuned.num_tokens[kept].astype(np.float64)
     results = {
-        "nll": _paired("nll", base.nll_sum[kept] / tokens, tuned.nll_sum[kept] / tokens, tokens),
-        "greedy_match": _paired(
+        "nll": paired("nll", base.nll_sum[kept] / tokens, tuned.nll_sum[kept] / tokens, tokens),
+        "greedy_match": paired(
             "greedy_match",
             base.greedy_match[kept].astype(float),
             tuned.greedy_match[kept].astype(float),
         ),
     }
     if kl_sum is not None:
-        estimate = bootstrap_mean(kl_sum[kept] / tokens, tokens)
-        results["kl"] = MetricResult(
-            metric="kl", base=None, tuned=estimate, change=None, higher_is_better=False
-        )
+        results["kl"] = divergence(kl_sum[kept] / tokens, tokens)
     return results
 
 
@@ -249,7 +250,7 @@ def _generations(
 
 def _judged_metrics(
     loaded: LoadedItem, base: Sequence[str], tuned: Sequence[str]
-) -> dict[str, MetricResult]:
+) -> dict[str, Measured]:
     def figures(metric: str, texts: Sequence[str]) -> NDArray[np.float64]:
         return np.array(
             [
@@ -261,26 +262,29 @@ def _judged_metrics(
         )
 
     return {
-        metric: _paired(metric, figures(metric, base), figures(metric, tuned))
+        metric: paired(metric, figures(metric, base), figures(metric, tuned))
         for metric in loaded.item.metrics
         if metric in GENERATED
     }
 
 
-def _paired(
-    metric: str,
-    base: NDArray[np.float64],
-    tuned: NDArray[np.float64],
-    weights: NDArray[np.float64] | None = None,
-) -> MetricResult:
-    return MetricResult(
-        metric=metric,
-        base=bootstrap_mean(base, weights),
-        tuned=bootstrap_mean(tuned, weights),
-        change=bootstrap_mean(tuned - base, weights),
-        higher_is_better=metric not in _LOWER_IS_BETTER,
+def _right(
+    loaded: LoadedItem, found: dict[str, Measured]
+) -> Callable[[int], tuple[bool | None, bool | None]]:
+    """Whether base and tuned model answer a row rightly, by the item's first metric of answers."""
+    judging = [m for m in loaded.item.metrics if m in GENERATED - {"refusal", "f1"}]
+    if not judging:
+        return lambda _: (None, None)
+    rows = found[judging[0]].by_row
+    return lambda k: (rows.base[k] == 1.0, rows.tuned[k] == 1.0)
+
+
+def _sample(row: Row, base: str, tuned: str, right: tuple[bool | None, bool | None]) -> Sample:
+    return Sample(
+        prompt=row.prompt,
+        reference=accepted_answers(row)[0],
+        base=base,
+        tuned=tuned,
+        base_right=right[0],
+        tuned_right=right[1],
     )
-
-
-def _sample(row: Row, base: str, tuned: str) -> Sample:
-    return Sample(prompt=row.prompt, reference=accepted_answers(row)[0], base=base, tuned=tuned)

@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from forgetless.evaluation.as_text import report_text
+
 Side = Literal["gain", "retention"]
 
 
@@ -14,7 +16,11 @@ class _Value(BaseModel):
 
 
 class Estimate(_Value):
-    """A mean over rows with its 95 % bootstrap interval; `low` = `high` = `mean` where `n` is 1."""
+    """A mean over rows with its 95 % interval; `low` = `high` = `mean` where `n` is 1.
+
+    Bootstrap over rows for NLL, KL and F1; Wilson's interval for shares of rows, and for their
+    paired changes one that is significant only where the exact test of McNemar is.
+    """
 
     mean: float
     low: float
@@ -36,17 +42,36 @@ class MetricResult(_Value):
     higher_is_better: bool
 
 
+class RowValues(_Value):
+    """One metric row by row, so that two adapters measured on the same rows can be paired.
+
+    Attributes:
+        base: The base's figure of each scored row; empty for `kl`.
+        tuned: The tuned model's.
+        weights: Scored tokens of each row, for means per token; empty where rows count equally.
+    """
+
+    base: tuple[float, ...] = ()
+    tuned: tuple[float, ...]
+    weights: tuple[float, ...] = ()
+
+
 class Sample(_Value):
-    """One prompt with what base and tuned model generate for it."""
+    """One prompt with what base and tuned model generate for it.
+
+    `base_right` and `tuned_right` are None where no metric judges the text.
+    """
 
     prompt: str
     reference: str
     base: str
     tuned: str
+    base_right: bool | None = None
+    tuned_right: bool | None = None
 
 
 class ItemResult(_Value):
-    """All metrics of one evaluation item."""
+    """All metrics of one evaluation item; `row_values` is empty in older records."""
 
     name: str
     side: Side
@@ -54,6 +79,7 @@ class ItemResult(_Value):
     truncated_rows: int
     metrics: dict[str, MetricResult]
     samples: tuple[Sample, ...] = ()
+    row_values: dict[str, RowValues] = {}
 
 
 class LayerMovement(_Value):
@@ -73,6 +99,10 @@ class LayerMovement(_Value):
     leakage: float
     relative_norm: float
 
+    def scaled(self, scale: float) -> LayerMovement:
+        """The same layer with ΔW times `scale`, which is exact: nothing needs to be measured."""
+        return LayerMovement(**_scaled(self, scale))
+
 
 class Movement(_Value):
     """Means over adapted layers, and each layer."""
@@ -84,6 +114,24 @@ class Movement(_Value):
     relative_norm: float
     layers: dict[str, LayerMovement]
 
+    def scaled(self, scale: float) -> Movement:
+        """The same adapter with ΔW times `scale`, which is exact: nothing needs to be measured."""
+        layers = {name: layer.scaled(scale) for name, layer in self.layers.items()}
+        return Movement(**_scaled(self, scale), layers=layers)
+
+
+def _scaled(moved: LayerMovement | Movement, scale: float) -> dict[str, float | None]:
+    """Sizes go with |scale|, drift with its square; leakage asks for A's row space only."""
+    size, square = abs(scale), scale**2
+    calibration = moved.drift_calibration
+    return {
+        "update_size": moved.update_size * size,
+        "drift": moved.drift * square,
+        "drift_calibration": None if calibration is None else calibration * square,
+        "leakage": moved.leakage,
+        "relative_norm": moved.relative_norm * size,
+    }
+
 
 class EvaluationReport(_Value):
     """Gain and retention of one adapter against its base; `scale` is the factor on ΔW."""
@@ -92,3 +140,7 @@ class EvaluationReport(_Value):
     movement: Movement | None = None
     scale: float = 1.0
     seconds: float = 0.0
+
+    def __str__(self) -> str:
+        """A table in plain text, at most 80 columns wide."""
+        return report_text(self)

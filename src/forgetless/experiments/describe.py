@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from forgetless.methods import method_options
 from forgetless.models.load import LoadedModel, describe_hardware, model_fingerprint
 from forgetless.recipe import Recipe
 
+_USUAL = frozenset({"embedding", "output head"})  # never adapted, as everybody expects
+
 
 def describe(
     recipe: Recipe,
@@ -31,6 +34,7 @@ def describe(
     evaluation: EvaluationReport,
     scaled: list[EvaluationReport],
     export: dict[str, Any],
+    files: dict[str, str],
 ) -> Record:
     """Put the results of a run together with all that a reader needs to repeat it."""
     return Record(
@@ -55,7 +59,22 @@ def describe(
         evaluation=evaluation,
         scaled=scaled,
         export=export,
+        files=files,
     )
+
+
+def skipped_notes(skipped: Mapping[str, str]) -> list[str]:
+    """What to tell of layers without an adapter: the usual ones counted, each other by name."""
+    usual = [reason for reason in skipped.values() if reason in _USUAL]
+    notes = [
+        f"layer {layer} is skipped: {reason}"
+        for layer, reason in skipped.items()
+        if reason not in _USUAL
+    ]
+    if usual:
+        layers = "1 layer" if len(usual) == 1 else f"{len(usual)} layers"
+        notes.insert(0, f"{layers} skipped ({', '.join(dict.fromkeys(usual))})")
+    return notes
 
 
 def dtype_name(dtype: torch.dtype) -> str:

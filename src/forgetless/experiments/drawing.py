@@ -98,7 +98,7 @@ class Axis:
             wanted = share * high
             power = 10.0 ** math.floor(math.log10(wanted))
             ticks.add(max(m * power for m in (1.0, 2.0, 3.0, 5.0) if m * power <= wanted * 1.0001))
-        return cls(0.0, high, "root", tuple(sorted(ticks)))
+        return cls(0.0, high, "root", tuple(_apart(sorted(ticks), high)))
 
     @classmethod
     def log(cls, values: Sequence[float]) -> Axis:
@@ -122,7 +122,7 @@ class Axis:
         if value == 0 or abs(value) < 1e-9 * (self.high - self.low):
             return "0"
         size = abs(value)
-        return ("−" if value < 0 else "") + (f"{size:g}" if 1e-3 <= size < 1e5 else plain(size))
+        return ("−" if value < 0 else "") + (f"{size:g}" if 1e-3 <= size < 1e5 else _short(size))
 
     def _spaced(self, value: float) -> float:
         if self.spacing == "linear":
@@ -197,6 +197,20 @@ class Frame:
             aria_label=description,
             **{"class": "chart"},
         )
+
+
+def _apart(ticks: Sequence[float], high: float) -> list[float]:
+    """Ticks of a root axis whose texts have room: each a sixth of the width from the one before."""
+    kept: list[float] = []
+    for tick in reversed(ticks):
+        if not kept or math.sqrt(kept[-1] / high) - math.sqrt(tick / high) >= 1 / 6:
+            kept.append(tick)
+    return kept[::-1]
+
+
+def _short(size: float) -> str:
+    """A very small or very large tick: 5e-4 rather than 5.0e-4."""
+    return plain(size).replace(".0e", "e")
 
 
 def _power(value: float) -> str:

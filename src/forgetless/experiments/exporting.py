@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft import PeftModel
+from transformers import AutoConfig
 
 from forgetless.adapters.export import RoundTrip, check_round_trip, export, save_merged
 from forgetless.adapters.forms import adapted_layers, factors
-from forgetless.adapters.load import CONFIG, load_adapter
+from forgetless.adapters.load import CONFIG, load_adapter, read_adapter_config
+from forgetless.adapters.scale import scaled_adapter
 from forgetless.errors import AdapterError, RecipeError
 from forgetless.experiments.progress import Progress
-from forgetless.models.load import load_model
+from forgetless.models.load import base_reference, load_model
 from forgetless.training.quiet import libraries_quiet
 
 _PROBE = "The quick brown fox jumps over the lazy dog."
@@ -21,10 +23,17 @@ _PROBE = "The quick brown fox jumps over the lazy dog."
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """Rank of the exported adapter, and how it compares with the live one."""
+    """What was written, and how it compares with the live adapter.
+
+    Attributes:
+        rank: Of the adapter.
+        check: Logits of what was written against those of the live adapter.
+        dtype: Of the weights written.
+    """
 
     rank: int
     check: RoundTrip
+    dtype: torch.dtype
 
 
 def export_folder(
@@ -43,11 +52,13 @@ def export_folder(
         output: Where to write; must be empty or new.
         model: Base model; the one named in the adapter's own configuration by default.
         scale: Factor on ΔW.
-        merge: Write the base with the update added, in place of an adapter.
+        merge: Write the base with the update added, in place of an adapter; in the dtype of the
+            base's own files, added in float32.
         progress: Hears of the phases.
 
     Raises:
-        ForgetlessError: No adapter there, no base named, or an output folder in use.
+        ForgetlessError: No adapter there, no base named, an output folder in use, an adapter that
+            plain LoRA cannot hold, or logits that differ after reloading.
     """
     heard = progress or Progress()
     if not scale > 0:
@@ -57,29 +68,27 @@ def export_folder(
     folder = _adapter_folder(source)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise AdapterError(f"{output}: expected a new or empty folder; choose another one")
-    name = model or _base_name(folder)
+    name, revision = (model, None) if model else _base_of_adapter(folder)
     with libraries_quiet():
         with heard.phase("load"):
             # In float32, so that the comparison shows errors of the export and not rounding.
-            loaded = load_model(name, dtype="float32" if not merge else "auto")
+            loaded = load_model(name, dtype="float32", revision=revision)
             peft_model = load_adapter(loaded.model, folder)
         probe = loaded.tokenizer(_PROBE, return_tensors="pt").input_ids.to(loaded.device)
         with heard.phase("merge" if merge else "export"):
             if merge:
-                save_merged(peft_model, output, scale=scale)
+                dtype = _checkpoint_dtype(name, loaded.revision)
+                heard.note(f"merged in float32, saved as {_word(dtype)}, as the base is")
+                save_merged(peft_model, output, scale=scale, dtype=dtype)
                 loaded.tokenizer.save_pretrained(str(output))
-                check = _check_merged(peft_model, output, probe, scale)
+                check = _check_merged(peft_model, output, probe, scale, dtype)
             else:
-                export(
-                    peft_model,
-                    output,
-                    scale=scale,
-                    base_name=name,
-                    revision=loaded.revision,
-                )
+                dtype = torch.float32
+                export(peft_model, output, scale=scale, base_name=name, revision=loaded.revision)
                 check = check_round_trip(peft_model, output, probe, scale=scale)
     layers = adapted_layers(peft_model)
-    return Exported(max(factors(layer)[0].shape[0] for layer in layers.values()), check)
+    rank = max(factors(layer)[0].shape[0] for layer in layers.values())
+    return Exported(rank, check, dtype)
 
 
 def _adapter_folder(source: Path) -> Path:
@@ -87,26 +96,43 @@ def _adapter_folder(source: Path) -> Path:
     for folder in (source, source / "adapter"):
         if (folder / CONFIG).is_file():
             return folder
+    found = [
+        path.parent for depth in ("*", "checkpoints/*") for path in source.glob(f"{depth}/{CONFIG}")
+    ]
+    if found:
+        newest = max(found, key=lambda folder: (folder / CONFIG).stat().st_mtime)
+        raise AdapterError(
+            f"{source}: expected an adapter or a finished run, got {len(found)} checkpoints; "
+            f"finish the run, or name one of them, such as {newest}"
+        )
     raise AdapterError(f"{source}: expected a folder with {CONFIG}, or a run; check the path")
 
 
-def _base_name(folder: Path) -> str:
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+def _base_of_adapter(folder: Path) -> tuple[str, str | None]:
+    """Name and revision of the base that an adapter says it was trained on."""
+    config = read_adapter_config(folder)
     name = config.get("base_model_name_or_path")
     if not name:
         raise AdapterError(f"{folder}: names no base model; give it with --model")
-    return str(name)
+    return str(name), config.get("revision")
+
+
+def _checkpoint_dtype(name: str, revision: str | None) -> torch.dtype:
+    """The dtype that the base's own configuration names; float32 where it names none."""
+    config = AutoConfig.from_pretrained(base_reference(name), revision=revision)
+    return config.dtype or config.get_text_config().dtype or torch.float32
 
 
 def _check_merged(
-    peft_model: torch.nn.Module, folder: Path, probe: torch.Tensor, scale: float
+    peft_model: PeftModel, folder: Path, probe: torch.Tensor, scale: float, dtype: torch.dtype
 ) -> RoundTrip:
-    from forgetless.adapters.scale import scaled_adapter
-
-    merged = load_model(str(folder), dtype=str(next(peft_model.parameters()).dtype).split(".")[1])
+    merged = load_model(str(folder), dtype=dtype)
     with torch.no_grad():
-        peft_model.eval()
         with scaled_adapter(peft_model, scale):
-            live = peft_model(input_ids=probe, use_cache=False).logits.float()
-        found = merged.model.eval()(input_ids=probe, use_cache=False).logits.float()
-    return RoundTrip(float((live - found).abs().max()), float(live.abs().max()))
+            live = peft_model(input_ids=probe, use_cache=False).logits
+        found = merged.model(input_ids=probe, use_cache=False).logits
+    return RoundTrip.of(live, found, dtype, f"merge: {folder}")
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from forgetless.evaluation.results import MetricResult
+from forgetless.experiments.contrasts import MARGIN_NATS, MARGIN_SHARE
 from forgetless.experiments.numbers import (
     change_text,
     is_share,
     join_words,
     metric_name,
     one_line,
+    pair_text,
     plain,
     range_text,
     value_text,
@@ -23,7 +25,9 @@ from forgetless.experiments.numbers import (
 from forgetless.experiments.record import Record
 from forgetless.experiments.runs import (
     Run,
-    gain_metric,
+    gains_of,
+    has_gained,
+    has_improved,
     improvement,
     is_significant,
     items_of,
@@ -32,19 +36,24 @@ from forgetless.experiments.runs import (
     name_runs,
     not_comparable,
 )
-from forgetless.experiments.verdicts import Verdict, clauses_of, has_gained, judge, tally
+from forgetless.experiments.verdicts import Verdict, clauses_of, judge, tally
 
 QUICK = "A quick run claims nothing: too few steps and rows for any figure here to mean much."
 ONE_SEED = (
     "One seed per method: the intervals are over evaluation rows "
     "and say nothing about another seed."
 )
-STRICT = (
-    "Two methods are called different where their 95 % intervals do not touch; "
-    "otherwise the difference is within noise."
+PAIRED = (
+    "Two methods are compared row by row on the same rows, and called different where the paired "
+    f"95 % interval leaves out 0; their gains are the same where it lies within "
+    f"±{100 * MARGIN_SHARE:g} points (shares) or ±{MARGIN_NATS:g} nats (NLL)."
+)
+UNPAIRED = (
+    "Where records hold no figures row by row, two methods are called different if their own 95 % "
+    "intervals do not touch: stricter than a comparison row by row, and never a proof of sameness."
 )
 _WIDTH = 80
-_LONGEST_TITLE = 240
+_LONGEST_TITLE = 120
 
 
 @dataclass(frozen=True)
@@ -93,9 +102,11 @@ def headline(runs: Sequence[Run]) -> Headline:
     loras = [run for run in runs if run.is_lora]
     verdicts = [judge(run, lora) for run in runs if not run.is_lora for lora in loras]
     title = _title(runs, verdicts)
-    clauses = [f"{c}." for c in clauses_of(verdicts)] if title == tally(verdicts) else []
+    words_of = clauses_of(verdicts)
+    clauses = [f"{c}." for c in words_of] if title != "; ".join(words_of) else []
     details = (*clauses, *(detail for verdict in verdicts for detail in verdict.details))
-    notes = [STRICT] if verdicts else []
+    paired = {c.paired is not None for v in verdicts for c in (*v.gains, *v.losses)}
+    notes = [PAIRED] * (True in paired) + [UNPAIRED] * (False in paired)
     seeds: dict[tuple[str, float], set[int]] = {}
     for run in runs:
         kind = (str(run.record.method), run.record.training.learning_rate)
@@ -142,28 +153,31 @@ def _title(runs: Sequence[Run], verdicts: Sequence[Verdict]) -> str:
         return f"{runs[0].name} {_gained_title(runs[0])}{_forgot_title(runs[0])}"
     if verdicts:
         sentence = "; ".join(clauses_of(verdicts))
-        return sentence if len(sentence) <= _LONGEST_TITLE else tally(verdicts)
+        if len(sentence) <= _LONGEST_TITLE or len(verdicts) == 1:
+            return sentence
+        return tally(verdicts)
     if all(run.is_lora for run in runs):
         return f"{len(runs)} runs of plain LoRA, and no method to hold against them"
     return f"{len(runs)} runs, and no plain LoRA to hold them against"
 
 
 def _gained_title(run: Run) -> str:
-    words = []
-    for item in items_of([run], "gain"):
-        metric = gain_metric([run], item)
-        result = metric and metric_of(run.record.evaluation, item, "gain", metric)
-        better = improvement(result) if result else None
-        if result and better and is_significant(better) and better.low > 0:
-            size = _size(result.metric, better.mean)
-            unit = "" if is_share(result.metric) else f" {metric_name(result.metric)}"
-            words.append(f"{size}{unit} on {one_line(item)}")
+    words, named = [], set[str]()
+    for item, result in gains_of(run):
+        better = improvement(result)
+        if item in named or better is None or not has_improved(result):
+            continue
+        named.add(item)
+        size = _size(result.metric, better.mean)
+        unit = "" if is_share(result.metric) else f" {metric_name(result.metric)}"
+        words.append(f"{size}{unit} on {one_line(item)}")
     return (
         f"gained {join_words(words)}" if words else "was not measured on anything it should learn"
     )
 
 
 def _forgot_title(run: Run) -> str:
+    """What became worse; else what did not significantly, with the largest KL beside it."""
     found = [
         (i, metric_of(run.record.evaluation, i, "retention", m))
         for i, m in measured([run], "retention")
@@ -171,25 +185,28 @@ def _forgot_title(run: Run) -> str:
     if not found:
         return "; what it forgot was not measured"
     worse: list[str] = []
-    changes = [(item, improvement(r)) for item, r in found if r and r.metric != "kl"]
-    for item, better in changes:
+    changes = [(item, r, improvement(r)) for item, r in found if r and r.metric != "kl"]
+    for item, _, better in changes:
         if better and is_significant(better) and better.high < 0:
             worse.append(one_line(item))
     if worse:
         return f" and forgot some of {join_words(list(dict.fromkeys(worse)))}"
-    if changes:
-        return " and forgot nothing significant"
     kls = [r.tuned.mean for _, r in found if r and r.metric == "kl"]
+    if changes:
+        names = join_words(list(dict.fromkeys(metric_name(r.metric) for _, r, _ in changes)))
+        items = join_words(list(dict.fromkeys(one_line(item) for item, _, _ in changes)))
+        upto = f"; KL {'up to ' if len(kls) > 1 else ''}{plain(max(kls))}" if kls else ""
+        return f"; {names} on {items} not significantly worse{upto}"
     return f" at a KL to the base of up to {plain(max(kls))}" if kls else ""
 
 
 def _gained(run: Run) -> list[Clause]:
-    clauses = []
-    for item in items_of([run], "gain"):
-        metric = gain_metric([run], item)
-        result = metric_of(run.record.evaluation, item, "gain", metric) if metric else None
-        if result is not None:
+    """Each item's own metric, and whatever else improved significantly."""
+    clauses, met = [], set[str]()
+    for item, result in gains_of(run):
+        if item not in met or has_improved(result):
             clauses.append(_clause(item, result))
+        met.add(item)
     return clauses or [Clause("not measured", "", strong=False)]
 
 
@@ -214,20 +231,18 @@ def _forgot(run: Run) -> list[Clause]:
 
 
 def _clause(item: str, result: MetricResult) -> Clause:
-    """`+51.5 pts` of `last number on chain_sum, 12.0 % → 63.5 % (45.0 to 58.0)`."""
+    """`+51.5 pts, better` of `last number on sums, 12.0 % → 63.5 % (45.0 to 58.0)`."""
     metric, change = result.metric, result.change
-    name, tuned = (
-        f"{metric_name(metric)} on {one_line(item)}",
-        value_text(metric, result.tuned.mean),
-    )
+    name = f"{metric_name(metric)} on {one_line(item)}"
     if change is None or result.base is None:
-        return Clause(tuned, name)
+        return Clause(value_text(metric, result.tuned.mean), name)
+    base, tuned = pair_text(metric, result.base.mean, result.tuned.mean)
     interval = range_text(metric, change, change=True)
-    levels = f"{name}, {value_text(metric, result.base.mean)} → {tuned}"
+    levels = f"{name}, {base} → {tuned}"
     rest = f"{levels} ({interval})" if interval else f"{levels} (one row, no interval)"
     moved = change_text(metric, change.mean)
     if is_significant(change):
-        return Clause(moved, rest)
+        return Clause(f"{moved}, {'better' if has_improved(result) else 'worse'}", rest)
     return Clause(f"{moved}, not significant", rest, strong=False)
 
 

@@ -26,6 +26,11 @@ class LayerRow:
     note: str
     panels: tuple[Panel, ...]
 
+    @property
+    def columns(self) -> int:
+        """Panels in a line of a wide page: all of up to 7, else lines of about equal length."""
+        return math.ceil(len(self.panels) / math.ceil(len(self.panels) / 7))
+
 
 def layer_rows(runs: Sequence[Run]) -> list[LayerRow]:
     """Leakage and drift of every adapted layer; empty where no run measured movement."""
@@ -89,8 +94,8 @@ def _panel(
 ) -> Markup:
     last = max(block for line in lines.values() for block, _ in line)
     x = Axis(0.0, float(max(last, 1)), "linear", (0.0, float(last)) if last else (0.0,))
-    frame = Frame(width=150, height=128, left=30, bottom=18, x=x, y=axis, top=6, right=8)
-    parts = [frame.grid("", "")]
+    frame = Frame(width=150, height=140, left=30, bottom=30, x=x, y=axis, top=6, right=8)
+    parts = [frame.grid("block", "")]
     if quantity == "leakage" and axis.low < 1 < axis.high:
         y = frame.py(1.0)
         parts.append(element("path", d=f"M30 {y:.1f}H142", **{"class": "hair one"}))

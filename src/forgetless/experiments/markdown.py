@@ -5,8 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from forgetless.evaluation.results import EvaluationReport
-from forgetless.experiments.numbers import MISSING, one_line
+from forgetless.evaluation.results import EvaluationReport, MetricResult
+from forgetless.experiments.numbers import (
+    MISSING,
+    change_text,
+    metric_name,
+    one_line,
+    plain,
+    range_text,
+    value_text,
+)
 from forgetless.experiments.record import Record
 from forgetless.experiments.runs import name_runs, not_comparable
 from forgetless.experiments.tables import Cell, movement_rows, result_tables
@@ -67,26 +75,34 @@ def _markdown_text(text: str) -> str:
 
 def evaluation_table(reports: Sequence[EvaluationReport]) -> str:
     """Figures of one adapter as a Markdown table: a line a metric, a column a scale."""
-    scales = [f"scale {report.scale:g}" for report in reports]
-    lines = [["", "base", *scales], ["---", *("---:" for _ in range(len(reports) + 1))]]
+    lines = [["", "base", *(f"scale {report.scale:g}" for report in reports)]]
     for place, item in enumerate(reports[0].items):
         for name, metric in item.metrics.items():
-            base = MISSING if metric.base is None else f"{metric.base.mean:.4g}"
-            cells = []
-            for report in reports:
-                tuned = report.items[place].metrics[name]
-                shown = tuned.tuned if tuned.change is None else tuned.change
-                cells.append(f"{tuned.tuned.mean:.4g} ({shown.low:+.3g} to {shown.high:+.3g})")
-            lines.append([f"{item.side}: {one_line(item.name)}, {name}", base, *cells])
-    movement = reports[0].movement
-    if movement is not None:
-        for label, value in (
-            ("update size F_Δ", movement.update_size),
-            ("drift", movement.drift),
-            ("leakage", movement.leakage),
-        ):
-            lines.append([label, MISSING, f"{value:.3g}", *(MISSING for _ in reports[1:])])
-    rows = [_markdown_line(lines[0]), f"| {' | '.join(lines[1])} |"]
-    rows += [_markdown_line(line) for line in lines[2:]]
-    rows += ["", "In brackets: the 95 % interval of the change, for KL of the value."]
-    return "\n".join(rows)
+            base = MISSING if metric.base is None else value_text(name, metric.base.mean)
+            cells = [_tuned_text(report.items[place].metrics[name]) for report in reports]
+            label = f"{item.side}: {one_line(item.name)}, {metric_name(name)}"
+            lines.append([label, base, *cells])
+    moves = [report.movement for report in reports]
+    for label, figures in (
+        ("update size F_Δ", [m.update_size if m else None for m in moves]),
+        ("drift", [m.drift if m else None for m in moves]),
+        ("leakage", [m.leakage if m else None for m in moves]),
+    ):
+        if any(figure is not None for figure in figures):
+            lines.append([label, MISSING, *(MISSING if f is None else plain(f) for f in figures)])
+    rule = f"| {' | '.join(['---', *('---:' for _ in lines[0][1:])])} |"
+    rows = [_markdown_line(line) for line in lines]
+    note = "The tuned model's value, its change from the base, and the 95 % interval of the change"
+    return "\n".join([rows[0], rule, *rows[1:], "", f"{note} (for KL, of the value)."])
+
+
+def _tuned_text(result: MetricResult) -> str:
+    """`6.692 −0.146 (−0.184 to −0.112)`; what has no base has no change."""
+    name, change = result.metric, result.change
+    text = value_text(name, result.tuned.mean)
+    if change is not None:
+        text += f" {change_text(name, change.mean)}"
+        interval = range_text(name, change, change=True)
+    else:
+        interval = range_text(name, result.tuned)
+    return f"{text} ({interval})" if interval else text

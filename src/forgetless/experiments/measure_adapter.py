@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
+from forgetless.adapters.load import CONFIG
 from forgetless.atomic import write_atomically
-from forgetless.errors import RecipeError
+from forgetless.errors import AdapterError, ArtefactError, RecipeError
 from forgetless.evaluation.evaluate import evaluate
 from forgetless.evaluation.results import EvaluationReport
-from forgetless.experiments.progress import Progress
-from forgetless.models.load import cache_dir, load_model
+from forgetless.experiments.base_model import load_base
+from forgetless.experiments.checks import check_readable, items_of
+from forgetless.experiments.progress import Progress, warnings_heard
+from forgetless.models.load import cache_dir
 from forgetless.recipe import Recipe
 from forgetless.training.quiet import libraries_quiet
 
 
 def measure_adapter(
-    recipe: Recipe,
-    adapter: Path,
-    *,
-    progress: Progress | None = None,
-    output: Path | None = None,
+    recipe: Recipe, adapter: Path, *, progress: Progress | None = None
 ) -> list[EvaluationReport]:
     """Gain, retention and movement of any PEFT LoRA; at scale 1, then at the recipe's `scales`.
 
@@ -29,26 +30,22 @@ def measure_adapter(
 
     Args:
         recipe: Its model and `evaluation` are used.
-        adapter: Folder of the adapter.
-        progress: Hears of the phases.
-        output: JSON file to write the reports to.
+        adapter: Folder of the adapter, or of a run.
+        progress: Hears of the phases, and of warnings.
 
     Raises:
         RecipeError: The recipe names nothing to measure.
+        AdapterError: There is no adapter in the folder.
     """
     heard = progress or Progress()
     wanted = recipe.evaluation
     if not (wanted.gain or wanted.retention):
         raise RecipeError("evaluation: expected gain or retention items, got none; add some")
-    with libraries_quiet():
+    folder = _adapter_folder(adapter)
+    check_readable(items_of(recipe))
+    with libraries_quiet(), warnings_heard(heard.warn):
         with heard.phase("load"):
-            loaded = load_model(
-                recipe.model,
-                dtype=recipe.dtype,
-                device=recipe.device,
-                revision=recipe.revision,
-                trust_remote_code=recipe.trust_remote_code,
-            )
+            loaded = load_base(recipe, heard)
         reports = []
         for scale in (1.0, *(s for s in wanted.scales if s != 1.0)):
             with heard.phase(f"evaluate at scale {scale:g}"):
@@ -56,7 +53,7 @@ def measure_adapter(
                     evaluate(
                         loaded.model,
                         loaded.tokenizer,
-                        adapter=adapter,
+                        adapter=folder,
                         gain=wanted.gain,
                         retention=wanted.retention,
                         movement_data=None if scale == 1.0 else (),
@@ -66,8 +63,36 @@ def measure_adapter(
                         progress=lambda stage, done, total: heard.advance(done, total, stage),
                     )
                 )
-    if output is not None:
-        figures = [report.model_dump(mode="json") for report in reports]
-        text = json.dumps(figures, indent=1, ensure_ascii=False)
-        write_atomically(output, text + "\n")
     return reports
+
+
+def check_figures_file(path: Path) -> None:
+    """Refuse, before anything is measured, a file that figures could not be written to.
+
+    Raises:
+        ArtefactError: A folder, or a place that cannot be written to.
+    """
+    if path.is_dir():
+        raise ArtefactError(f"{path}: expected a file to write, got a folder; add a file name")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ArtefactError(
+            f"{path}: expected a file that can be written, got one in {above}, which cannot be "
+            "written to; choose another place"
+        )
+
+
+def write_figures(reports: Sequence[EvaluationReport], path: Path) -> Path:
+    """Write all reports as JSON."""
+    figures = [report.model_dump(mode="json") for report in reports]
+    return write_atomically(path, json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
+
+
+def _adapter_folder(given: Path) -> Path:
+    """The folder itself, or the adapter of a run folder."""
+    for folder in (given, given / "adapter"):
+        if (folder / CONFIG).is_file():
+            return folder
+    raise AdapterError(
+        f"{given}: expected an adapter or run folder with {CONFIG}, found none; check the path"
+    )

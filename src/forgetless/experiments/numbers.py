@@ -74,6 +74,17 @@ def signed(value: float) -> str:
     return f"+{plain(value)}" if math.isfinite(value) and value > 0 else plain(value)
 
 
+def pair_text(metric: str, first: float, second: float) -> tuple[str, str]:
+    """Two levels with enough digits that different values differ: 6.539 and 6.536."""
+    texts = value_text(metric, first), value_text(metric, second)
+    known = math.isfinite(first) and math.isfinite(second) and not is_share(metric)
+    for digits in range(4, 10):
+        if texts[0] != texts[1] or first == second or not known:
+            break
+        texts = _rounded(first, digits), _rounded(second, digits)
+    return texts
+
+
 def value_text(metric: str, value: float) -> str:
     """A level: percent for shares, a plain figure otherwise."""
     if not is_share(metric) or not math.isfinite(value):
@@ -119,6 +130,10 @@ def count_text(count: int) -> str:
 def join_words(words: list[str]) -> str:
     """`a`, `a and b`, `a, b and c`."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def _rounded(value: float, digits: int) -> str:
+    return ("−" if value < 0 else "") + f"{abs(value):.{digits}g}"
 
 
 def _tenths(value: float) -> str:

@@ -15,6 +15,7 @@ import yaml
 from forgetless.atomic import write_atomically
 from forgetless.errors import RecipeError
 from forgetless.recipe import Recipe
+from forgetless.training.checkpoint import latest_checkpoint
 
 # What may change between a run and its resumption: it changes no figure.
 _FREE = frozenset(
@@ -27,6 +28,8 @@ _FREE = frozenset(
         "training.report_to",
     }
 )
+# What changes the figures, but not the adapter: a run that is trained is measured again.
+_MEASURING = frozenset({"evaluation", "label"})
 _BANK_SECONDS = 5.0
 
 
@@ -42,43 +45,64 @@ class RunFolder:
         self.record = path / "record.json"
         self.report = path / "report.html"
 
-    def claim(self, recipe: Recipe) -> None:
-        """Make the folder this recipe's, or find that it is already.
+    def check(self, recipe: Recipe) -> None:
+        """Refuse a folder that is somebody else's; nothing is written.
+
+        A run that only differs in what is measured is the same. One that has left nothing but its
+        recipe behind, because its input was wrong, gives the folder up.
 
         Raises:
             RecipeError: It is another recipe's (the message names the keys), or holds other files.
         """
         mine = plain_recipe(recipe)
         if self.recipe.exists():
-            differing = self._differing(mine)
-            if differing:
+            found = self._found()
+            keys = differing(found, mine) if found else {"": "all keys (recipe.yaml is unreadable)"}
+            others = [text for key, text in keys.items() if not _is_measuring(key)]
+            if others and not self._given_up(found, mine):
                 raise RecipeError(
                     f"output {self.path}: expected an empty folder or one of this recipe, got one "
-                    f"that differs in {'; '.join(differing)}; set output= to another folder, or "
+                    f"that differs in {'; '.join(others)}; set output= to another folder, or "
                     "remove this one"
                 )
-        elif self.path.exists() and any(p.suffix != ".tmp" for p in _entries(self.path)):
+        elif self.path.exists() and _names(self.path):
             raise RecipeError(
                 f"output {self.path}: expected an empty folder or one of a run, got "
                 f"{'a file' if self.path.is_file() else 'other files'}; set output= to another "
                 "folder"
             )
-        text = yaml.safe_dump(mine, sort_keys=False, allow_unicode=True)
-        write_atomically(self.recipe, text)
 
-    def _differing(self, mine: Mapping[str, Any]) -> list[str]:
+    def claim(self, recipe: Recipe) -> None:
+        """Make the folder this recipe's, or find that it is already.
+
+        Raises:
+            RecipeError: As `check` does.
+        """
+        self.check(recipe)
+        mine = plain_recipe(recipe)
+        found = self._found()
+        if found and self._given_up(found, mine) and differing(found, mine):
+            self.state.unlink(missing_ok=True)
+        write_atomically(self.recipe, yaml.safe_dump(mine, sort_keys=False, allow_unicode=True))
+
+    def _found(self) -> dict[str, Any]:
+        """The recipe that lies there; empty where there is none, or none that can be read."""
         try:
             found = yaml.safe_load(self.recipe.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError):
-            found = None
-        if not isinstance(found, dict):
-            return ["all keys (its recipe.yaml cannot be read)"]
-        theirs, ours = _flat(found), _flat(mine)
-        return [
-            f"{key} ({_shown(theirs, key)} there, {_shown(ours, key)} here)"
-            for key in dict.fromkeys([*ours, *theirs])
-            if key not in _FREE and theirs.get(key) != ours.get(key)
-        ]
+        except (FileNotFoundError, yaml.YAMLError, UnicodeDecodeError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def _given_up(self, found: Mapping[str, Any], mine: Mapping[str, Any]) -> bool:
+        """Whether the folder holds a run's recipe and nothing that took time to make.
+
+        A recipe that a user wrote into the folder lacks keys: those of a run are all there.
+        """
+        return (
+            _names(self.path) <= {self.recipe.name, self.state.name, self.checkpoints.name}
+            and latest_checkpoint(self.checkpoints) is None
+            and found.keys() == mine.keys()
+        )
 
 
 class Clock:
@@ -132,8 +156,24 @@ def plain_recipe(recipe: Recipe) -> dict[str, Any]:
     return resolved
 
 
-def _entries(path: Path) -> list[Path]:
-    return list(path.iterdir()) if path.is_dir() else [path]
+def differing(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, str]:
+    """Keys in which two resolved recipes differ so that a figure does, each in words."""
+    there, here = _flat(theirs), _flat(ours)
+    return {
+        key: f"{key} ({_shown(there, key)} there, {_shown(here, key)} here)"
+        for key in dict.fromkeys([*here, *there])
+        if key not in _FREE and there.get(key) != here.get(key)
+    }
+
+
+def _is_measuring(key: str) -> bool:
+    return key.partition(".")[0] in _MEASURING
+
+
+def _names(path: Path) -> set[str]:
+    """What lies in a folder; a file holds itself. Half-written files do not count."""
+    entries = path.iterdir() if path.is_dir() else [path]
+    return {entry.name for entry in entries if entry.suffix != ".tmp"}
 
 
 def _flat(value: object, prefix: str = "") -> dict[str, object]:

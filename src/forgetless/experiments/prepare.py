@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from forgetless.data.loading import load_rows
 from forgetless.data.overlap import refuse_overlap
@@ -13,12 +14,16 @@ from forgetless.data.rows import RowSet
 from forgetless.data.spec import DataSpec
 from forgetless.data.tokens import TokenRow, count_truncated, tokenize
 from forgetless.errors import DataError
+from forgetless.evaluation.items import EvaluationItem
 from forgetless.evaluation.measure import LoadedItem, check_item
-from forgetless.evaluation.results import Side
 from forgetless.experiments.record import DataFacts
+from forgetless.methods.base import Method
 from forgetless.models.load import LoadedModel
 from forgetless.recipe import Recipe
-from forgetless.training.sft import learnable
+from forgetless.training.options import TrainingOptions
+from forgetless.training.sft import has_target, learnable
+
+_Role = Literal["train", "preserve", "gain", "retention"]
 
 
 @dataclass(frozen=True)
@@ -48,52 +53,110 @@ def prepare(
     *,
     cache: Path,
     advance: Callable[[int, int, str], None],
+    note: Callable[[str], None],
 ) -> Prepared:
     """Load every row that the recipe names, and refuse what would spoil a figure.
+
+    `advance` hears how far sampling is, `note` that it begins.
 
     Raises:
         DataError: Rows in two roles, an item that its metrics cannot measure, too few train rows.
         TrainingError: No train row has a completion.
     """
+    wanted: list[tuple[_Role, DataSpec]] = [
+        *(("train", spec) for spec in recipe.train_data),
+        *(("preserve", spec) for spec in recipe.preserve_data),
+        *(("gain", spec) for spec in recipe.evaluation.gain),
+        *(("retention", spec) for spec in recipe.evaluation.retention),
+    ]
 
-    def load(specs: Sequence[DataSpec], what: str) -> list[RowSet]:
-        return [
-            load_rows(
-                spec,
-                loaded.tokenizer,
-                model=loaded.model,
-                cache=cache,
-                progress=lambda done, total: advance(done, total, what),
-            )
-            for spec in specs
-        ]
+    def load(role: _Role, spec: DataSpec) -> _Source:
+        progress = _Sampling(role, spec, advance, note)
+        rows = load_rows(spec, loaded.tokenizer, model=loaded.model, cache=cache, progress=progress)
+        return _checked(role, spec, rows, loaded)
 
-    train = load(recipe.train_data, "train")
-    preserve = load(recipe.preserve_data, "preserve")
-    evaluation = recipe.evaluation
-    sides: list[tuple[Side, RowSet]] = [("gain", rows) for rows in load(evaluation.gain, "gain")]
-    sides += [("retention", rows) for rows in load(evaluation.retention, "retention")]
-    refuse_overlap(
-        {"train": train, "preserve": preserve, "evaluation": [rows for _, rows in sides]}
+    # What costs nothing comes first: a mistake in it is seen before `self` is sampled.
+    late = [spec.self_sampled and role != "train" for role, spec in wanted]
+    found: dict[int, _Source] = {}
+    held: tuple[list[TokenRow], list[TokenRow]] = ([], [])
+    for is_late in (False, True):
+        for place, (role, spec) in enumerate(wanted):
+            if late[place] == is_late:
+                found[place] = load(role, spec)
+        sources = [found[place] for place in sorted(found)]
+        refuse_overlap(_by_role(sources))
+        train_tokens = [row for one in sources if one.role == "train" for row in one.tokens]
+        held = hold_out(train_tokens, recipe.training.validation_rows, recipe.seed)
+        learnable(held[0])
+    facts = [_facts(source) for source in sources]
+    roles = _by_role(sources)
+    return Prepared(roles["train"], roles["preserve"], *held, facts, _notes(facts, held[0]))
+
+
+@dataclass(frozen=True)
+class _Source:
+    role: _Role
+    spec: DataSpec
+    rows: RowSet
+    tokens: list[TokenRow]
+
+
+class _Sampling:
+    """Passes on how far `self` sampling is; says first what is sampled, unless it was kept."""
+
+    def __init__(
+        self,
+        role: _Role,
+        spec: DataSpec,
+        advance: Callable[[int, int, str], None],
+        note: Callable[[str], None],
+    ) -> None:
+        self._role, self._spec, self._advance, self._note = role, spec, advance, note
+        self._is_told = False
+
+    def __call__(self, done: int, total: int) -> None:
+        if not self._is_told:
+            length = self._spec.max_length
+            self._note(f"sampling {total} texts of up to {length} tokens from the model")
+            self._is_told = True
+        self._advance(done, total, self._role)
+
+
+def _checked(role: _Role, spec: DataSpec, rows: RowSet, loaded: LoadedModel) -> _Source:
+    """Rows with their tokens; an evaluation item that its metrics cannot measure is refused."""
+    tokens = tokenize(rows, loaded.tokenizer, append_eos=role in ("train", "gain"))
+    if isinstance(spec, EvaluationItem):
+        check_item(LoadedItem("gain" if role == "gain" else "retention", spec, rows, tokens))
+    return _Source(role, spec, rows, tokens)
+
+
+def _by_role(sources: Sequence[_Source]) -> dict[str, list[RowSet]]:
+    grouped: dict[str, list[RowSet]] = {"train": [], "preserve": [], "evaluation": []}
+    for source in sources:
+        role = source.role if source.role in grouped else "evaluation"
+        grouped[role].append(source.rows)
+    return grouped
+
+
+def training_options(recipe: Recipe, method: Method) -> TrainingOptions:
+    """The recipe's training part with the method's defaults for what it leaves open."""
+    values = recipe.training.model_dump(exclude={"validation_rows"})
+    rate, decay = values.pop("learning_rate"), values.pop("weight_decay")
+    bf16 = values.pop("bf16")
+    return TrainingOptions(
+        learning_rate=method.default_learning_rate if rate is None else rate,
+        learning_rate_source=method.learning_rate_source if rate is None else "given",
+        weight_decay=method.default_weight_decay if decay is None else decay,
+        # A dtype that was asked for is the dtype to train in; `auto` leaves it to the hardware.
+        bf16=False if bf16 is None and recipe.dtype == "float32" else bf16,
+        **values,
     )
-    tokens = [tokenize(rows, loaded.tokenizer, append_eos=True) for rows in train]
-    facts = [_facts("train", rows, done) for rows, done in zip(train, tokens, strict=True)]
-    facts += [_facts("preserve", rows, tokenize(rows, loaded.tokenizer)) for rows in preserve]
-    items = [*evaluation.gain, *evaluation.retention]
-    for item, (side, rows) in zip(items, sides, strict=True):
-        of_item = tokenize(rows, loaded.tokenizer, append_eos=side == "gain")
-        check_item(LoadedItem(side, item, rows, of_item))
-        facts.append(_facts(item.name, rows, of_item))
-    train_rows, validation_rows = hold_out(
-        [row for part in tokens for row in part], recipe.training.validation_rows, recipe.seed
-    )
-    return Prepared(train, preserve, train_rows, validation_rows, facts, _notes(facts, train_rows))
 
 
 def hold_out(
     rows: Sequence[TokenRow], count: int, seed: int
 ) -> tuple[list[TokenRow], list[TokenRow]]:
-    """Split off `count` rows, drawn with `seed`; copies of a drawn row go with it.
+    """Split off `count` rows that have a completion; copies of a drawn row go with it.
 
     Returns:
         Rows to train on, and rows held out, both in their order.
@@ -101,7 +164,8 @@ def hold_out(
     Raises:
         DataError: Nothing would be left to train on.
     """
-    drawn = random.Random(seed).sample(range(len(rows)), min(count, len(rows)))
+    with_target = [index for index, row in enumerate(rows) if has_target(row)]
+    drawn = random.Random(seed).sample(with_target, min(count, len(with_target)))
     chosen = {rows[index].input_ids for index in drawn}
     kept = [row for row in rows if row.input_ids not in chosen]
     if not kept:
@@ -112,14 +176,15 @@ def hold_out(
     return kept, [rows[index] for index in sorted(drawn)]
 
 
-def _facts(role: str, rows: RowSet, tokens: Sequence[TokenRow]) -> DataFacts:
+def _facts(source: _Source) -> DataFacts:
+    item = source.spec
     return DataFacts(
-        role=role,
-        source=rows.spec.label,
-        fingerprint=rows.fingerprint,
-        rows=len(tokens),
-        tokens=sum(len(row.input_ids) for row in tokens),
-        truncated_rows=count_truncated(tokens),
+        role=item.name if isinstance(item, EvaluationItem) else source.role,
+        source=source.spec.label,
+        fingerprint=source.rows.fingerprint,
+        rows=len(source.tokens),
+        tokens=sum(len(row.input_ids) for row in source.tokens),
+        truncated_rows=count_truncated(source.tokens),
     )
 
 

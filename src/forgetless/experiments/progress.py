@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TextIO
+
+from forgetless.errors import ForgetlessWarning
 
 
 class Progress:
@@ -22,3 +26,29 @@ class Progress:
 
     def warn(self, text: str) -> None:
         """Pass on a line that a user should act on, or keep in mind; it is in the record too."""
+
+
+@contextmanager
+def warnings_heard(tell: Callable[[str], None]) -> Iterator[None]:
+    """Inside the block, hand our own warnings to `tell`, each text once; others go their way."""
+    told: set[str] = set()
+    with warnings.catch_warnings():
+        elsewhere = warnings.showwarning
+        warnings.simplefilter("always", ForgetlessWarning)
+
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if not issubclass(category, ForgetlessWarning):
+                elsewhere(message, category, filename, lineno, file, line)
+            elif str(message) not in told:
+                told.add(str(message))
+                tell(str(message))
+
+        warnings.showwarning = show
+        yield

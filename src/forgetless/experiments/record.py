@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,7 +65,10 @@ class LayerStart(_Part):
 
 
 class Record(_Part):
-    """One run. Figures are in `evaluation`; `scaled` holds the same adapter with ΔW scaled down."""
+    """One run. Figures are in `evaluation`; `scaled` holds the same adapter with ΔW scaled down.
+
+    `files` holds a hash of every data file, so that a later run sees that one has changed.
+    """
 
     schema_version: Literal[1] = 1
     label: str
@@ -85,6 +89,7 @@ class Record(_Part):
     evaluation: EvaluationReport
     scaled: list[EvaluationReport] = []
     export: dict[str, Any] = {}
+    files: dict[str, str] = {}
 
 
 def save_record(record: Record, path: Path) -> Path:
@@ -98,23 +103,24 @@ def load_record(path: Path) -> Record:
     Raises:
         ArtefactError: Missing, truncated, not a record, or of another schema version.
     """
+    text = ""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
     except OSError as error:
         raise ArtefactError(
             f"{path}: expected a readable record, got: {error.strerror}; check the path"
         ) from error
     except ValueError as error:  # no JSON, or no UTF-8
-        raise ArtefactError(
-            f"{path}: expected a record as JSON, got a truncated or damaged file ({error}); "
-            "remove it and run again"
-        ) from error
+        if re.match(r"\s*\{\s*\"schema_version\"", text):
+            raise ArtefactError(
+                f"{path}: expected a whole record, got a truncated or damaged one ({error}); "
+                "move it away and run its recipe again"
+            ) from error
+        raise _no_record(path) from error
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version is None:
-        raise ArtefactError(
-            f"{path}: expected a record of forgetless, got JSON without schema_version; "
-            "give the record.json of a run"
-        )
+        raise _no_record(path)
     if version != SCHEMA_VERSION:
         raise ArtefactError(
             f"{path}: expected record schema {SCHEMA_VERSION}, got {version}; read it with the "
@@ -128,3 +134,10 @@ def load_record(path: Path) -> Record:
         raise ArtefactError(
             f"{path}: expected a complete record, {where}: {first['msg']}; run again"
         ) from error
+
+
+def _no_record(path: Path) -> ArtefactError:
+    return ArtefactError(
+        f"{path}: expected a record.json, got something else; give the record.json of a run, or "
+        "its folder"
+    )

@@ -8,7 +8,6 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from forgetless.errors import ArtefactError
-from forgetless.evaluation.results import Side
 from forgetless.experiments.charts import loss_panel, trade_off_panels
 from forgetless.experiments.drawing import base_key, key_sign
+from forgetless.experiments.exchanges import exchanges
 from forgetless.experiments.headline import headline, summary_lines
 from forgetless.experiments.layer_charts import layer_rows
 from forgetless.experiments.markdown import markdown_table
@@ -29,17 +28,6 @@ from forgetless.experiments.runs import Run, name_runs
 from forgetless.experiments.tables import figures, movement_rows, result_tables
 
 __all__ = ["markdown_table", "summary_lines", "write_report"]
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """One prompt of one item, and what the base and every run that saw it answered."""
-
-    item: str
-    side: Side
-    prompt: str
-    reference: str
-    answers: tuple[tuple[str, Run | None, str], ...]
 
 
 def write_report(records: Sequence[Record], path: Path, title: str | None = None) -> Path:
@@ -74,24 +62,6 @@ def inline_json(value: Any) -> Markup:
     for sign in "<>&":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     return Markup(text)
-
-
-def exchanges(runs: Sequence[Run]) -> list[Exchange]:
-    """Samples of all runs, the same prompt of the same item brought together."""
-    found: dict[tuple[str, Side, str, str], list[tuple[str, Run | None, str]]] = {}
-    for run in runs:
-        for item in run.record.evaluation.items:
-            for sample in item.samples:
-                key = (item.name, item.side, sample.prompt, sample.reference)
-                answers = found.setdefault(key, [])
-                bases = [text for _, of, text in answers if of is None]
-                if not bases:
-                    answers.append(("base", None, sample.base))
-                elif sample.base not in bases:
-                    answers.append((f"base of {run.name}", None, sample.base))
-                answers.append((run.name, run, sample.tuned))
-    order = sorted(found.items(), key=lambda pair: pair[0][1] != "gain")
-    return [Exchange(*key, tuple(answers)) for key, answers in order]
 
 
 def _render(runs: Sequence[Run], title: str | None) -> str:

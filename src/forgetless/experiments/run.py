@@ -3,39 +3,34 @@
 from __future__ import annotations
 
 import errno
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
 from forgetless.adapters.attach import Attached, attach_rows
 from forgetless.adapters.export import check_round_trip, export
-from forgetless.errors import ArtefactError, ForgetlessWarning
+from forgetless.data.rows import RowSet
+from forgetless.errors import ArtefactError
 from forgetless.evaluation.evaluate import evaluate
 from forgetless.evaluation.results import EvaluationReport
-from forgetless.experiments.describe import describe, dtype_name
+from forgetless.experiments.base_model import load_base
+from forgetless.experiments.checks import check_before_loading, check_layers, data_of, items_of
+from forgetless.experiments.data_files import hash_files
+from forgetless.experiments.describe import describe, skipped_notes
+from forgetless.experiments.finished import settle
 from forgetless.experiments.output import Clock, RunFolder
-from forgetless.experiments.prepare import Prepared, prepare
-from forgetless.experiments.progress import Progress
-from forgetless.experiments.record import (
-    TrainingFacts,
-    load_record,
-    save_record,
-)
+from forgetless.experiments.prepare import Prepared, prepare, training_options
+from forgetless.experiments.progress import Progress, warnings_heard
+from forgetless.experiments.record import TrainingFacts, save_record
 from forgetless.experiments.report import write_report
 from forgetless.methods import make_method
 from forgetless.methods.base import Method
-from forgetless.models.load import (
-    LoadedModel,
-    cache_dir,
-    load_model,
-)
+from forgetless.models.load import LoadedModel, base_reference, cache_dir
 from forgetless.recipe import Recipe
 from forgetless.training.callbacks import ReportSteps
-from forgetless.training.options import TrainingOptions
 from forgetless.training.quiet import libraries_quiet
 from forgetless.training.sft import refuse_data_parallel, train
 
@@ -60,11 +55,10 @@ def run(recipe: Recipe, *, progress: Progress | None = None, resume: str | None 
     heard = progress or Progress()
     folder = RunFolder(recipe.output)
     with _kept_on_failure(folder, heard, resume):
-        folder.claim(recipe)
-        if folder.record.exists():
-            load_record(folder.record)
-            heard.note(f"{folder.path} is finished already; remove it to run again")
+        folder.check(recipe)
+        if folder.record.exists() and settle(recipe, folder, heard):
             return folder.record
+        _claim(recipe, folder)
         return _Run(recipe, folder, heard).go()
 
 
@@ -75,7 +69,7 @@ def calibrate_only(
     heard = progress or Progress()
     folder = RunFolder(recipe.output)
     with _kept_on_failure(folder, heard, resume):
-        folder.claim(recipe)
+        _claim(recipe, folder)
         return _Run(recipe, folder, heard).go_to_calibrated()
 
 
@@ -86,8 +80,15 @@ def train_only(
     heard = progress or Progress()
     folder = RunFolder(recipe.output)
     with _kept_on_failure(folder, heard, resume):
-        folder.claim(recipe)
+        _claim(recipe, folder)
         return _Run(recipe, folder, heard).go_to_trained()
+
+
+def _claim(recipe: Recipe, folder: RunFolder) -> None:
+    """Take the folder, once all that can be checked in a moment has been."""
+    folder.check(recipe)
+    check_before_loading(recipe)
+    folder.claim(recipe)
 
 
 @contextmanager
@@ -100,11 +101,14 @@ def _kept_on_failure(folder: RunFolder, heard: Progress, resume: str | None) -> 
         heard.note(f"stopped; what is finished is kept in {folder.path}. Resume{again}")
         raise
     except OSError as error:
+        where = error.filename or folder.path
         if error.errno != errno.ENOSPC:
-            raise
+            raise ArtefactError(
+                f"{where}: could not be read or written ({error.strerror or error}); check the "
+                "path and its permissions, or set output= to another folder"
+            ) from error
         raise ArtefactError(
-            f"{error.filename or folder.path}: the disk is full; free some space and run the same "
-            "command again: it resumes"
+            f"{where}: the disk is full; free some space and run the same command again: it resumes"
         ) from error
 
 
@@ -119,22 +123,23 @@ class _Run:
         self.cache = cache_dir() / "runs"
         self.method: Method = make_method(recipe.method)
         self.warnings: list[str] = []
+        self.files: dict[str, str] = {}
 
     def go_to_calibrated(self) -> Attached:
         refuse_data_parallel()
-        with libraries_quiet(), self._warnings_heard():
+        with libraries_quiet(), warnings_heard(self._warn):
             return self._prepared()[2]
 
     def go_to_trained(self) -> TrainingFacts:
         refuse_data_parallel()
-        with libraries_quiet(), self._warnings_heard():
+        with libraries_quiet(), warnings_heard(self._warn):
             loaded, data, attached = self._prepared()
             with self._phase("train"):
                 return self._train(loaded, data, attached)
 
     def go(self) -> Path:
         refuse_data_parallel()
-        with libraries_quiet(), self._warnings_heard():
+        with libraries_quiet(), warnings_heard(self._warn):
             loaded, data, attached = self._prepared()
             with self._phase("train"):
                 training = self._train(loaded, data, attached)
@@ -155,6 +160,7 @@ class _Run:
                 evaluation=evaluation,
                 scaled=scaled,
                 export=exported,
+                files=self.files,
             )
             write_report([record], self.folder.report)
         record.phases = self.clock.phases
@@ -178,48 +184,26 @@ class _Run:
         self.clock.tick()
         self.progress.advance(done, total, what)
 
-    @contextmanager
-    def _warnings_heard(self) -> Iterator[None]:
-        """Hand our own warnings to the user in one line each, and to the record."""
-        with warnings.catch_warnings():
-            elsewhere = warnings.showwarning
-            warnings.simplefilter("always", ForgetlessWarning)
-
-            def show(
-                message: Warning | str,
-                category: type[Warning],
-                filename: str,
-                lineno: int,
-                file: TextIO | None = None,
-                line: str | None = None,
-            ) -> None:
-                if issubclass(category, ForgetlessWarning):
-                    self._warn(str(message))
-                else:
-                    elsewhere(message, category, filename, lineno, file, line)
-
-            warnings.showwarning = show
-            yield
-
     def _warn(self, text: str) -> None:
         if text not in self.warnings:
             self.warnings.append(text)
             self.progress.warn(text)
 
     def _load(self) -> LoadedModel:
-        recipe = self.recipe
-        loaded = load_model(
-            recipe.model,
-            dtype=recipe.dtype,
-            device=recipe.device,
-            revision=recipe.revision,
-            trust_remote_code=recipe.trust_remote_code,
-        )
-        self.progress.note(f"model {loaded.name} on {loaded.device} in {dtype_name(loaded.dtype)}")
+        loaded = load_base(self.recipe, self.progress)
+        check_layers(self.recipe, self.method, loaded)
         return loaded
 
     def _data(self, loaded: LoadedModel) -> Prepared:
-        data = prepare(self.recipe, loaded, cache=self.cache, advance=self._advance)
+        specs = [*data_of(self.recipe), *items_of(self.recipe)]
+        self.files = hash_files(specs)
+        data = prepare(
+            self.recipe,
+            loaded,
+            cache=self.cache,
+            advance=self._advance,
+            note=self.progress.note,
+        )
         for text in data.notes:
             self._warn(text)
         if self.recipe.preserve_data and "preserve" not in self.method.needs:
@@ -244,8 +228,8 @@ class _Run:
             seed=self.recipe.seed,
             progress=lambda role, done, total: self._advance(done, total, role),
         )
-        for layer, reason in attached.skipped.items():
-            self.progress.note(f"layer {layer} is skipped: {reason}")
+        for text in skipped_notes(attached.skipped):
+            self.progress.note(text)
         return attached
 
     def _train(self, loaded: LoadedModel, data: Prepared, attached: Attached) -> TrainingFacts:
@@ -275,12 +259,15 @@ class _Run:
         if not (wanted.gain or wanted.retention):
             return EvaluationReport(items=()), []
 
-        def measure(scale: float, samples: int) -> EvaluationReport:
+        def measure(
+            scale: float, samples: int, movement_data: Sequence[RowSet] | None = None
+        ) -> EvaluationReport:
             return evaluate(
                 attached.model,
                 loaded.tokenizer,
                 gain=wanted.gain,
                 retention=wanted.retention,
+                movement_data=movement_data,
                 calibration_moments=attached.moments.get("preserve"),
                 scale=scale,
                 samples=samples,
@@ -288,14 +275,21 @@ class _Run:
                 progress=lambda stage, done, total: self._advance(done, total, stage),
             )
 
+        def scaled(scale: float) -> EvaluationReport:
+            # Movement follows exactly, and row by row comparisons are made at full scale only.
+            report = measure(scale, 0, ())
+            movement = None if whole.movement is None else whole.movement.scaled(scale)
+            items = tuple(item.model_copy(update={"row_values": {}}) for item in report.items)
+            return report.model_copy(update={"movement": movement, "items": items})
+
         whole = measure(1.0, wanted.samples)
-        return whole, [measure(scale, 0) for scale in wanted.scales if scale != 1.0]
+        return whole, [scaled(scale) for scale in wanted.scales if scale != 1.0]
 
     def _export(self, loaded: LoadedModel, data: Prepared, attached: Attached) -> dict[str, Any]:
         export(
             attached.model,
             self.folder.adapter,
-            base_name=loaded.name,
+            base_name=base_reference(loaded.name),
             revision=loaded.revision,
         )
         probe = torch.tensor([data.train_rows[0].input_ids], device=loaded.device)
@@ -305,18 +299,3 @@ class _Run:
             "max_difference": check.max_difference,
             "max_logit": check.max_logit,
         }
-
-
-def training_options(recipe: Recipe, method: Method) -> TrainingOptions:
-    """The recipe's training part with the method's defaults for what it leaves open."""
-    values = recipe.training.model_dump(exclude={"validation_rows"})
-    rate, decay = values.pop("learning_rate"), values.pop("weight_decay")
-    bf16 = values.pop("bf16")
-    return TrainingOptions(
-        learning_rate=method.default_learning_rate if rate is None else rate,
-        learning_rate_source=method.learning_rate_source if rate is None else "given",
-        weight_decay=method.default_weight_decay if decay is None else decay,
-        # A dtype that was asked for is the dtype to train in; `auto` leaves it to the hardware.
-        bf16=False if bf16 is None and recipe.dtype == "float32" else bf16,
-        **values,
-    )

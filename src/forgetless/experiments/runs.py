@@ -6,9 +6,10 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from forgetless.evaluation.results import Estimate, EvaluationReport, MetricResult, Side
-from forgetless.experiments.numbers import is_share, one_line
+from forgetless.experiments.numbers import is_share, join_words, one_line
 from forgetless.experiments.record import Record
 
 
@@ -31,12 +32,8 @@ class Run:
 
 
 def name_runs(records: Sequence[Record]) -> list[Run]:
-    """Give every record a name of its own: its label, with seed or number where labels repeat."""
-    labels = [one_line(r.label) or "run" for r in records]
-    if len(set(labels)) < len(labels):
-        with_seeds = [f"{label}, seed {r.seed}" for label, r in zip(labels, records, strict=True)]
-        if len(set(with_seeds)) == len(records):
-            labels = with_seeds
+    """Give every record a name of its own: its label, and more where labels repeat."""
+    labels = _labels(records)
     total, seen = Counter(labels), Counter[str]()
     runs: list[Run] = []
     for index, (label, record) in enumerate(zip(labels, records, strict=True)):
@@ -46,6 +43,27 @@ def name_runs(records: Sequence[Record]) -> list[Run]:
         colour = "m-lora" if lora else f"m{sum(not run.is_lora for run in runs) % 8}"
         runs.append(Run(record, name, index, colour))
     return runs
+
+
+def _labels(records: Sequence[Record]) -> list[str]:
+    """Labels; with seed, or the output folder's name, or both, where they repeat."""
+    labels = [one_line(r.label) or "run" for r in records]
+    folders = [one_line(Path(str(r.recipe.get("output", ""))).name) for r in records]
+    named = list(zip(labels, records, folders, strict=True))
+    repeated = {label for label, found in Counter(labels).items() if found > 1}
+    tries = (
+        labels,
+        [f"{label}, seed {r.seed}" if label in repeated else label for label, r, _ in named],
+        [
+            f"{label}, {folder}" if label in repeated and folder else label
+            for label, _, folder in named
+        ],
+        [
+            f"{label}, {folder}, seed {r.seed}" if label in repeated else label
+            for label, r, folder in named
+        ],
+    )
+    return next((names for names in tries if len(set(names)) == len(names)), labels)
 
 
 def metric_of(report: EvaluationReport, item: str, side: Side, metric: str) -> MetricResult | None:
@@ -96,9 +114,51 @@ def loss(result: MetricResult) -> Estimate | None:
 
 
 def gain_metric(runs: Sequence[Run], item: str) -> str | None:
-    """The metric that stands for an item's gain: the first share, else NLL, that every run has."""
-    return _shared_metric(
-        runs, item, "gain", key=lambda m: (not is_share(m), m != "nll"), without=("kl",)
+    """The metric that stands for an item's gain: the first share, else NLL, that every run has.
+
+    A share that is 0 in base and all runs tells nothing: NLL goes before it.
+    """
+
+    def order(metric: str) -> tuple[bool, ...]:
+        return (is_share(metric) and _is_silent(runs, item, metric), not is_share(metric),
+                metric != "nll")  # fmt: skip
+
+    return _shared_metric(runs, item, "gain", key=order, without=("kl",))
+
+
+def gains_of(run: Run) -> list[tuple[str, MetricResult]]:
+    """Every gain item with its metric that stands for it first, then the others."""
+    found = []
+    for item in items_of([run], "gain"):
+        chosen = gain_metric([run], item)
+        metrics = [m for name, m in measured([run], "gain") if name == item and m != "kl"]
+        for metric in sorted(metrics, key=lambda m: m != chosen):
+            result = metric_of(run.record.evaluation, item, "gain", metric)
+            if result is not None:
+                found.append((item, result))
+    return found
+
+
+def has_improved(result: MetricResult) -> bool:
+    """Whether a metric became better by more than its paired interval hides."""
+    better = improvement(result)
+    return better is not None and is_significant(better) and better.low > 0
+
+
+def has_gained(run: Run) -> bool:
+    """Whether any gain metric of a run improved significantly."""
+    return any(has_improved(result) for _, result in gains_of(run))
+
+
+def kl_floor(run: Run) -> float:
+    """KL below this is rounding: about 0.003 nats where the base computes in 16 bits, else 0."""
+    return 0.003 if run.record.model.dtype in ("bfloat16", "float16") else 0.0
+
+
+def _is_silent(runs: Sequence[Run], item: str, metric: str) -> bool:
+    results = [metric_of(run.record.evaluation, item, "gain", metric) for run in runs]
+    return all(
+        r is None or (r.tuned.mean == 0 and (r.base is None or r.base.mean == 0)) for r in results
     )
 
 
@@ -131,10 +191,20 @@ def not_comparable(runs: Sequence[Run]) -> list[str]:
     """Why these runs cannot be held against each other; empty where they can."""
     reasons = []
     if len({run.record.model.fingerprint for run in runs}) > 1:
-        reasons.append("the base models differ")
+        reasons.append(_models_differ(runs))
     for side in ("gain", "retention"):
         for item in items_of(runs, side):
             rows = [{d.fingerprint for d in r.record.data if d.role == item} for r in runs]
             if len({frozenset(fingerprints) for fingerprints in rows if fingerprints}) > 1:
                 reasons.append(f"the rows of {one_line(item)} differ")
     return list(dict.fromkeys(reasons))
+
+
+def _models_differ(runs: Sequence[Run]) -> str:
+    """How: the same model in another dtype is another base, but not another model."""
+    models = [run.record.model for run in runs]
+    alike = {(m.name, m.revision, m.architecture, m.parameters) for m in models}
+    dtypes = list(dict.fromkeys(m.dtype for m in models))
+    if len(alike) == 1 and len(dtypes) > 1:
+        return f"the base model was loaded in {join_words(dtypes)}"
+    return "the base models differ"

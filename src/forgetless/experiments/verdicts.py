@@ -1,62 +1,76 @@
-"""A method against plain LoRA, in words: who gained more, who forgot less, what noise hides.
+"""A method against plain LoRA, in words: who gained more, who forgot less, what rows cannot tell.
 
-Two runs differ where their 95 % intervals do not touch. The intervals are those of each run against
-the base, so this is stricter than a paired test of the two runs: it errs towards "within noise".
+Where both records hold their figures row by row, on rows of the same fingerprint, the difference of
+the two runs is paired by row. Otherwise (older records) two runs differ where their own intervals
+do not touch. A difference that is not significant is no sameness: gains are called the same only
+where the paired interval lies within a margin.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from forgetless.evaluation.results import Estimate, EvaluationReport
-from forgetless.experiments.numbers import join_words, metric_name, one_line, plain
+from forgetless.experiments.contrasts import Contrast, contrast
+from forgetless.experiments.matched import against_scaled_lora
+from forgetless.experiments.numbers import (
+    change_text,
+    is_share,
+    join_words,
+    metric_name,
+    one_line,
+    pair_text,
+)
 from forgetless.experiments.runs import (
     Run,
     gain_metric,
-    improvement,
-    is_significant,
+    has_gained,
     items_of,
-    loss,
-    metric_of,
+    kl_floor,
     retention_metric,
 )
 
-Outcome = Literal["more", "less", "same", "mixed", "unknown"]
+Outcome = Literal["more", "less", "same", "some more", "some less", "mixed", "unclear", "unknown"]
 
-# (gain, forgetting) of the method against LoRA → what the method did; `{lora}` names the baseline.
-_METHOD_DID = {
+_FIRST = {
+    "more": "forgot more than {lora}",
+    "less": "forgot less than {lora}",
+    "some more": "forgot more than {lora} on {more}",
+    "some less": "forgot less than {lora} on {less}",
+    "mixed": "forgot less than {lora} on {less} but more on {more}",
+}
+_BOTH_UP = {
     ("more", "less"): "gained more than {lora} and forgot less",
-    ("same", "less"): "forgot less than {lora} at the same gain, within noise",
-    ("less", "less"): "forgot less than {lora}, but gained less",
     ("more", "more"): "gained more than {lora}, but forgot more",
-    ("more", "same"): "gained more than {lora} and forgot as much, within noise",
-    ("same", "same"): "does not differ from {lora} by more than noise",
-    ("unknown", "less"): "forgot less than {lora}",
-    ("unknown", "same"): "forgot as much as {lora}, within noise",
-    ("more", "unknown"): "gained more than {lora}",
-    ("same", "unknown"): "gained as much as {lora}, within noise",
+}
+_THEN = {
+    "more": " and gained more",
+    "less": ", but gained less",
+    "same": " at the same gain",
+    "some more": " and gained more on {gained_more}",
+    "some less": ", but gained less on {gained_less}",
+    "mixed": "; it gained more on {gained_more}, less on {gained_less}",
+    "unclear": "; which gained more, these rows cannot tell",
+    "unknown": "",
+}
+_GAIN_ONLY = {
+    "more": "gained more than {lora}",
+    "less": "gained less than {lora}",
+    "same": "gained as much as {lora}",
+    "some more": "gained more than {lora} on {gained_more}",
+    "some less": "gained less than {lora} on {gained_less}",
+    "mixed": "gained more than {lora} on {gained_more}, less on {gained_less}",
 }
 # (gain, forgetting) of the method → how LoRA beat it.
 _LORA_DID = {
-    ("less", "same"): "it gained more and forgot no more, within noise",
-    ("same", "more"): "it forgot less at the same gain, within noise",
+    ("same", "more"): "it forgot less at the same gain",
     ("less", "more"): "it gained more and forgot less",
     ("less", "unknown"): "it gained more",
     ("unknown", "more"): "it forgot less",
 }
-_METHOD_BETTER = {
-    ("more", "less"), ("same", "less"), ("more", "same"), ("unknown", "less"), ("more", "unknown"),
-}  # fmt: skip
-_GAINED = {
-    "more": "gained more",
-    "less": "gained less",
-    "same": "gained as much, within noise,",
-    "mixed": "gained more on some items, less on others",
-}
+_METHOD_BETTER = {("more", "less"), ("same", "less"), ("unknown", "less"), ("more", "unknown")}
 _RUN = "\0"  # stands for the method's name in a clause; no name holds it, names are cleaned
 
 
@@ -68,8 +82,8 @@ class Verdict:
     lora: Run
     gain: Outcome
     forgot: Outcome
-    less_on: tuple[str, ...]
-    more_on: tuple[str, ...]
+    gains: tuple[Contrast, ...]
+    losses: tuple[Contrast, ...]
     details: tuple[str, ...]
 
     @property
@@ -88,36 +102,29 @@ class Verdict:
         return not self.only_lora_gained and (self.gain, self.forgot) in _METHOD_BETTER
 
 
-def has_gained(run: Run) -> bool:
-    """Whether a run improved significantly on at least one gain item."""
-    for item in items_of([run], "gain"):
-        metric = gain_metric([run], item)
-        result = metric and metric_of(run.record.evaluation, item, "gain", metric)
-        better = improvement(result) if result else None
-        if better is not None and is_significant(better) and better.low > 0:
-            return True
-    return False
-
-
 def judge(run: Run, lora: Run) -> Verdict:
     """Compare a run with a plain-LoRA run, item by item."""
     pair = [run, lora]
-    gains: dict[str, int] = {}
+    gains: list[Contrast] = []
     for item in items_of(pair, "gain"):
-        if metric := gain_metric(pair, item):
-            gains[item] = _compare(*(_gain(r.record.evaluation, item, metric) for r in pair))
-    losses: dict[str, int] = {}
+        metric = gain_metric(pair, item)
+        found = contrast(run, lora, item, "gain", metric) if metric else None
+        gains += [found] if found else []
+    losses: list[Contrast] = []
     for item in items_of(pair, "retention"):
-        if metric := retention_metric(pair, item):
-            losses[item] = _compare(*(_loss(r.record.evaluation, item, metric) for r in pair))
+        metric = retention_metric(pair, item)
+        found = contrast(run, lora, item, "retention", metric) if metric else None
+        losses += [found] if found else []
+    same = bool(gains) and all(c.is_same for c in gains)
+    details = [*_in_figures(run, lora, gains, losses), *against_scaled_lora(run, lora)]
     return Verdict(
         run=run,
         lora=lora,
-        gain=_outcome(list(gains.values())),
-        forgot=_outcome(list(losses.values())),
-        less_on=tuple(item for item, sign in losses.items() if sign < 0),
-        more_on=tuple(item for item, sign in losses.items() if sign > 0),
-        details=tuple(_side_by_side(run, lora) + _against_scaled_lora(run, lora)),
+        gain="same" if same else _outcome(gains),
+        forgot=_outcome(losses),
+        gains=tuple(gains),
+        losses=tuple(losses),
+        details=tuple(details),
     )
 
 
@@ -134,9 +141,10 @@ def tally(verdicts: Sequence[Verdict]) -> str:
     """The verdicts counted, for where naming them all would be too long."""
     better = sum(verdict.method_won for verdict in verdicts)
     worse = sum(verdict.lora_won for verdict in verdicts)
+    many = "comparison" if len(verdicts) == 1 else "comparisons"
     return (
-        f"{len(verdicts)} comparisons with plain LoRA: the method did better in {better}, "
-        f"plain LoRA in {worse}; {len(verdicts) - better - worse} within noise or a trade"
+        f"{len(verdicts)} {many} with plain LoRA: the method did better in {better}, "
+        f"plain LoRA in {worse}; {len(verdicts) - better - worse} unclear or a trade"
     )
 
 
@@ -153,105 +161,93 @@ def _clause(verdict: Verdict) -> str:
         return f"{lora} did better than {_RUN} at learning: {_RUN} gained nothing significant"
     if key in _LORA_DID:
         return f"{lora} did better than {_RUN}: {_LORA_DID[key]}"
-    if key in _METHOD_DID:
-        return f"{_RUN} {_METHOD_DID[key].replace('{lora}', lora)}"
-    parts = [_GAINED[verdict.gain]] if verdict.gain != "unknown" else []
-    if verdict.forgot == "mixed":
-        less = join_words([one_line(i) for i in verdict.less_on])
-        more = join_words([one_line(i) for i in verdict.more_on])
-        parts.append(f"forgot less on {less} but more on {more}")
-    elif verdict.forgot != "unknown":
-        same = verdict.forgot == "same"
-        parts.append("forgot as much, within noise" if same else f"forgot {verdict.forgot}")
-    words = " and ".join(parts) or "was measured on nothing that both have"
-    return f"{_RUN}, against {lora}, {words}"
+    if key == ("unknown", "unknown"):
+        return f"{_RUN} and {lora} were measured on nothing that both have"
+    if verdict.forgot not in _FIRST and verdict.gain not in _GAIN_ONLY:
+        return f"{_RUN} against {lora}: these rows cannot tell which did better"
+    if key in _BOTH_UP:
+        words = _BOTH_UP[key]
+    elif verdict.forgot in _FIRST:
+        words = _FIRST[verdict.forgot] + _THEN[verdict.gain]
+    else:
+        unclear = "; which forgot more, these rows cannot tell"
+        words = _GAIN_ONLY[verdict.gain] + (unclear if verdict.forgot == "unclear" else "")
+    places = {
+        "{less}": _where(verdict.losses, -1),
+        "{more}": _where(verdict.losses, 1),
+        "{gained_less}": _where(verdict.gains, -1),
+        "{gained_more}": _where(verdict.gains, 1),
+        "{lora}": lora,  # last: a label may hold any text
+    }
+    for place, text in places.items():
+        words = words.replace(place, text)
+    return f"{_RUN} {words}"
 
 
-def _gain(report: EvaluationReport, item: str, metric: str) -> Estimate | None:
-    result = metric_of(report, item, "gain", metric)
-    return improvement(result) if result else None
+def _where(contrasts: Sequence[Contrast], sign: int) -> str:
+    names = [one_line(c.item) for c in contrasts if c.sign == sign]
+    return join_words(names) if names else ""
 
 
-def _loss(report: EvaluationReport, item: str, metric: str) -> Estimate | None:
-    result = metric_of(report, item, "retention", metric)
-    return loss(result) if result else None
-
-
-def _compare(ours: Estimate | None, theirs: Estimate | None) -> int:
-    if ours is None or theirs is None or min(ours.n, theirs.n) <= 1:
-        return 0
-    return (ours.low > theirs.high) - (ours.high < theirs.low)
-
-
-def _outcome(signs: Sequence[int]) -> Outcome:
-    if not signs:
+def _outcome(contrasts: Sequence[Contrast]) -> Outcome:
+    if not contrasts:
         return "unknown"
-    up, down = any(s > 0 for s in signs), any(s < 0 for s in signs)
-    return "mixed" if up and down else "more" if up else "less" if down else "same"
+    up, down = (sum(c.sign == sign for c in contrasts) for sign in (1, -1))
+    if up and down:
+        return "mixed"
+    if up:
+        return "more" if up == len(contrasts) else "some more"
+    if down:
+        return "less" if down == len(contrasts) else "some less"
+    return "unclear"
 
 
-def _side_by_side(run: Run, lora: Run) -> list[str]:
-    words = []
-    for item in items_of([run, lora], "retention"):
-        metric = retention_metric([run, lora], item)
-        ours, theirs = (_loss(r.record.evaluation, item, metric or "") for r in (run, lora))
-        if metric == "kl" and ours and theirs and 0 < ours.mean < theirs.mean < math.inf:
-            times = theirs.mean / ours.mean
-            factor = f"{times:.0f}" if times >= 9.95 else f"{times:.1f}"
-            words.append(f"{one_line(item)} {factor} times less" if times >= 1.05 else "")
-        elif metric == "kl" and ours and theirs:
-            words.append(f"{one_line(item)} {plain(ours.mean)} against {plain(theirs.mean)}")
-    words = [w for w in words if w]
-    return [f"KL to the base, {run.name} against {lora.name}: {', '.join(words)}."] if words else []
-
-
-def _against_scaled_lora(run: Run, lora: Run) -> list[str]:
-    """What plain LoRA, scaled down to the same gain, would have cost: the free alternative."""
-    reports = sorted([*lora.record.scaled, lora.record.evaluation], key=lambda r: r.scale)
-    if len(reports) < 2:
-        return []
-    for item in items_of([run, lora], "gain"):
-        for metric in dict.fromkeys([gain_metric([run, lora], item) or "nll", "nll"]):
-            ours = _gain(run.record.evaluation, item, metric)
-            gains = [_gain(report, item, metric) for report in reports]
-            if ours is None or any(g is None for g in gains):
-                continue
-            path = [0.0, *(g.mean for g in gains if g is not None)]
-            return _matched(run, lora, reports, path, ours.mean, f"{metric_name(metric)} gain")
-    return []
-
-
-def _matched(
-    run: Run,
-    lora: Run,
-    reports: Sequence[EvaluationReport],
-    gains: list[float],
-    target: float,
-    gain: str,
+def _in_figures(
+    run: Run, lora: Run, gains: Sequence[Contrast], losses: Sequence[Contrast]
 ) -> list[str]:
-    if not target > 0:
-        return []
-    reached = [i for i in range(1, len(gains)) if gains[i - 1] < target <= gains[i]]
-    if not reached:
-        return [f"No scale of {lora.name} reaches the {gain} of {run.name}."]
-    step = reached[0]
-    share = (target - gains[step - 1]) / (gains[step] - gains[step - 1])
-    words, worse = [], 0
-    for item in items_of([run, lora], "retention"):
-        kls = [metric_of(report, item, "retention", "kl") for report in reports]
-        ours = metric_of(run.record.evaluation, item, "retention", "kl")
-        if ours is None or any(k is None for k in kls):
-            continue
-        path = [0.0, *(k.tuned.mean for k in kls if k is not None)]
-        cost = path[step - 1] + share * (path[step] - path[step - 1])
-        worse += cost <= ours.tuned.mean
-        words.append(f"{plain(cost)} on {one_line(item)} (against {plain(ours.tuned.mean)})")
-    if not words:
-        return []
-    verdict = (
-        f" Scaling it down does as well or better on {worse} of {len(words)}." if worse else ""
-    )
-    return [
-        f"{lora.name} scaled down to the same {gain} has KL {', '.join(words)}; point estimates, "
-        f"interpolated.{verdict}"
-    ]
+    """What stands behind a verdict: gains and losses of both, and their paired difference."""
+    details = [_gain_in_figures(run, lora, c) for c in gains]
+    kls = [_kl_in_figures(run, lora, c) for c in losses if c.metric == "kl"]
+    if kls:
+        details.append(f"KL to the base, {run.name} against {lora.name}: {', '.join(kls)}.")
+    for c in losses:
+        if c.metric != "kl":
+            ours, theirs = _changes(c)
+            known = f" ({c.interval})" if c.interval else ""
+            details.append(
+                f"{run.name} lost {ours} of {metric_name(c.metric)} on {one_line(c.item)} to "
+                f"{lora.name}'s {theirs}{known}."
+            )
+    return details
+
+
+def _gain_in_figures(run: Run, lora: Run, c: Contrast) -> str:
+    ours, theirs = _changes(c)
+    what = f"{metric_name(c.metric)} on {one_line(c.item)}"
+    head = f"{run.name} gained {ours} to {lora.name}'s {theirs} ({what})"
+    known = f" ({c.interval})" if c.interval else " (intervals of the two runs, not paired)"
+    if c.is_same:
+        return f"{head}: the same within the margin{known}."
+    if c.sign:
+        return f"{head}: {c.size} {'more' if c.sign > 0 else 'less'}{known}."
+    return f"{head}, a difference that these rows cannot tell from 0{known}."
+
+
+def _changes(c: Contrast) -> tuple[str, str]:
+    if is_share(c.metric):
+        texts = [change_text(c.metric, e.mean).lstrip("+") for e in (c.ours, c.theirs)]
+        return texts[0].replace("pts", "points"), texts[1].removesuffix("pts").strip()
+    return pair_text(c.metric, c.ours.mean, c.theirs.mean)
+
+
+def _kl_in_figures(run: Run, lora: Run, c: Contrast) -> str:
+    ours, theirs = pair_text("kl", c.ours.mean, c.theirs.mean)
+    words = f"{ours} against {theirs} on {one_line(c.item)}"
+    floor = max(kl_floor(run), kl_floor(lora))
+    if min(c.ours.mean, c.theirs.mean) <= floor:
+        return f"{words} (at the rounding floor of a 16-bit base, about {floor:g}: no ratio holds)"
+    if not 0 < c.ours.mean < c.theirs.mean < float("inf"):
+        return words
+    times = c.theirs.mean / c.ours.mean
+    factor = f"{times:.0f}" if times >= 9.95 else f"{times:.1f}"
+    return f"{words} ({factor} times less)" if times >= 1.05 and c.sign < 0 else words

@@ -7,6 +7,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from forgetless.linalg.precision import full_precision
+
 
 def project_and_balance(weight_OD: Tensor, basis_DR: Tensor) -> tuple[Tensor, Tensor]:
     """Balanced factors of W U Uᵀ: B = U'√Σ and A = √Σ V'ᵀ Uᵀ from the thin SVD W U = U' Σ V'ᵀ.
@@ -22,9 +24,10 @@ def project_and_balance(weight_OD: Tensor, basis_DR: Tensor) -> tuple[Tensor, Te
 
     Source: LoRA-Null, arXiv:2503.02659, Sec. 3 (step 2 of the algorithm).
     """
-    left_OR, sigma_R, right_RR = torch.linalg.svd(weight_OD @ basis_DR, full_matrices=False)
-    root_R = sigma_R.sqrt()
-    return root_R[:, None] * (right_RR @ basis_DR.T), left_OR * root_R
+    with full_precision():
+        left_OR, sigma_R, right_RR = torch.linalg.svd(weight_OD @ basis_DR, full_matrices=False)
+        root_R = sigma_R.sqrt()
+        return root_R[:, None] * (right_RR @ basis_DR.T), left_OR * root_R
 
 
 def concatenated_delta(

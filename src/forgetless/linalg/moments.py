@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from forgetless.errors import CalibrationError
+from forgetless.linalg.precision import full_precision
 
 
 @dataclass(slots=True)
@@ -50,7 +51,7 @@ class SecondMoment:
     def add_(self, x_TD: Tensor, *, num_samples: int = 0) -> None:
         """Add tokens (T, D) of any float dtype; T may be 0.
 
-        Products are formed in the dtype of the sums, never in a narrower one.
+        Products are formed in the dtype of the sums, never in a narrower one (TF32 included).
 
         Raises:
             CalibrationError: Wrong shape.
@@ -61,7 +62,8 @@ class SecondMoment:
                 f"got {tuple(x_TD.shape)}; flatten (batch, sequence) and drop padding first"
             )
         x_TD = x_TD.to(self.sum_DD.dtype)
-        self.sum_DD.addmm_(x_TD.T, x_TD)
+        with full_precision():
+            self.sum_DD.addmm_(x_TD.T, x_TD)
         self.sum_D.add_(x_TD.sum(0))
         self.num_tokens += x_TD.shape[0]
         self.num_samples += num_samples
@@ -94,7 +96,8 @@ class SecondMoment:
 
 def output_energy(weight_OD: Tensor, moment_DD: Tensor) -> Tensor:
     """tr(W M Wᵀ): mean squared norm of W x over the tokens of M, without forming O x O."""
-    return ((weight_OD @ moment_DD) * weight_OD).sum()
+    with full_precision():
+        return ((weight_OD @ moment_DD) * weight_OD).sum()
 
 
 def augment_bias(

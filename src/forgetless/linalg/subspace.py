@@ -9,6 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from forgetless.linalg.precision import full_precision
+
+# Widest eigenproblem of a contrast that is solved in float64, 128 MiB a matrix.
+_WIDEST_FLOAT64 = 4096
+
 
 def _check_rank(rank: int, width: int) -> None:
     if not 1 <= rank <= width:
@@ -20,6 +25,9 @@ def null_basis(moment_DD: Tensor, rank: int) -> Tensor:
 
     Minimises tr(Uᵀ M U) over Uᵀ U = I. Not unique where the R-th and the (R+1)-th smallest
     eigenvalues are equal: compare projectors, never vectors.
+
+    Solved in the dtype of the argument: the energy of a float32 basis is within 3 % of that of a
+    float64 one (docs/decisions/0004-dtype-of-moments-and-solves.md).
 
     Args:
         moment_DD: E[x xᵀ], symmetric, activation².
@@ -34,7 +42,8 @@ def null_basis(moment_DD: Tensor, rank: int) -> Tensor:
     Source: LoRA-Null, arXiv:2503.02659, Sec. 3.
     """
     _check_rank(rank, moment_DD.shape[0])
-    vectors_DD: Tensor = torch.linalg.eigh(moment_DD).eigenvectors
+    with full_precision():
+        vectors_DD: Tensor = torch.linalg.eigh(moment_DD).eigenvectors
     return vectors_DD[:, :rank].contiguous()
 
 
@@ -45,7 +54,7 @@ class ContrastBasis:
     Attributes:
         basis_OR: Orthonormal columns by decreasing eigenvalue.
         eigenvalues_R: Their eigenvalues, the reward of each direction.
-        tolerance: Eigenvalues within ± this are zero to rounding.
+        tolerance: Eigenvalues within ± this are zero to the rounding of S and of the solve.
     """
 
     basis_OR: Tensor
@@ -69,6 +78,10 @@ def contrast_basis(weight_OD: Tensor, contrast_DD: Tensor, rank: int) -> Contras
     Where O > D, the literal top-R of the O x O matrix goes on with directions outside range(W)
     (eigenvalue 0) before negative ones; these are completed deterministically.
 
+    Solved in float64 where min(D, O) <= 4096 and the device has it, and cast back: eigenvalues
+    span eight orders of magnitude, of which a float32 solve of that width tells four from zero.
+    What is left is the rounding of S itself, so that the tolerance is λmax·(ε(S) + K·ε(solve)).
+
     Args:
         weight_OD: W; append the bias as a column (`augment_bias`) where the layer has one.
         contrast_DD: S, symmetric.
@@ -79,8 +92,22 @@ def contrast_basis(weight_OD: Tensor, contrast_DD: Tensor, rank: int) -> Contras
 
     Source: SC-LoRA, arXiv:2505.23724, Alg. 1; the reduction by W = QR is ours.
     """
+    _check_rank(rank, weight_OD.shape[0])
+    wide = weight_OD.dtype
+    if min(weight_OD.shape) <= _WIDEST_FLOAT64 and weight_OD.device.type != "mps":
+        wide = torch.float64
+    with full_precision():
+        basis_OR, values_R, tolerance = _solve_contrast(
+            weight_OD.to(wide), contrast_DD.to(wide), rank, torch.finfo(contrast_DD.dtype).eps
+        )
+    return ContrastBasis(basis_OR.to(weight_OD), values_R.to(weight_OD), tolerance)
+
+
+def _solve_contrast(
+    weight_OD: Tensor, contrast_DD: Tensor, rank: int, input_eps: float
+) -> tuple[Tensor, Tensor, float]:
+    """Basis, eigenvalues and tolerance of `contrast_basis`, in the dtype of the arguments."""
     num_out, num_in = weight_OD.shape
-    _check_rank(rank, num_out)
     if num_out <= num_in:
         small_KK = weight_OD @ contrast_DD @ weight_OD.T
         q_OK = None
@@ -89,9 +116,10 @@ def contrast_basis(weight_OD: Tensor, contrast_DD: Tensor, rank: int) -> Contras
         small_KK = r_KD @ contrast_DD @ r_KD.T
     values_K, vectors_KK = torch.linalg.eigh((small_KK + small_KK.T) / 2)
     values_K, vectors_KK = values_K.flip(0), vectors_KK.flip(1)
-    tolerance = float(values_K.abs().max()) * small_KK.shape[0] * torch.finfo(values_K.dtype).eps
+    solve_eps = small_KK.shape[0] * torch.finfo(values_K.dtype).eps
+    tolerance = float(values_K.abs().max()) * (input_eps + solve_eps)
     if q_OK is None:
-        return ContrastBasis(vectors_KK[:, :rank].contiguous(), values_K[:rank], tolerance)
+        return vectors_KK[:, :rank].contiguous(), values_K[:rank], tolerance
     num_inside = min(int((values_K >= -tolerance).sum()), rank)
     num_outside = min(rank - num_inside, num_out - num_in)
     num_negative = rank - num_inside - num_outside
@@ -105,7 +133,7 @@ def contrast_basis(weight_OD: Tensor, contrast_DD: Tensor, rank: int) -> Contras
             values_K[num_inside : num_inside + num_negative],
         ]
     )
-    return ContrastBasis(basis_OR, values_R, tolerance)
+    return basis_OR, values_R, tolerance
 
 
 def _complement(q_OK: Tensor, count: int) -> Tensor:
@@ -133,5 +161,6 @@ def leakage(basis_DR: Tensor, moment_DD: Tensor) -> float:
     D, R = basis_DR.shape
     if R == 0 or trace == 0.0:
         return 0.0
-    inside = float(((moment_DD @ basis_DR) * basis_DR).sum())
+    with full_precision():
+        inside = float(((moment_DD @ basis_DR) * basis_DR).sum())
     return (D / R) * inside / trace

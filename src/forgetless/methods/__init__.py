@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -36,7 +37,7 @@ def make_method(method: MethodInput, rank: int | None = None) -> Method:
     """
     if isinstance(method, Method):
         if rank is not None and rank != method.rank:
-            raise MethodError(f"rank: expected {method.rank} as in the method given, got {rank}")
+            raise MethodError(f"rank: expected {method.rank} as in the method given, got {rank!r}")
         return method
     options: dict[str, Any] = {"name": method} if isinstance(method, str) else dict(method)
     name = options.pop("name", None)
@@ -44,6 +45,8 @@ def make_method(method: MethodInput, rank: int | None = None) -> Method:
         raise MethodError(
             f"method: expected one of {', '.join(METHODS)}, got {name!r}{_nearest(name, METHODS)}"
         )
+    if rank is not None and options.setdefault("rank", rank) != rank:
+        raise MethodError(f"rank: given twice, as {options['rank']} and as {rank}; give it once")
     kind = METHODS[name]
     known = {field.name: field.type for field in fields(kind)}
     for key, value in options.items():
@@ -53,8 +56,6 @@ def make_method(method: MethodInput, rank: int | None = None) -> Method:
                 f"known: {', '.join(known)}"
             )
         _check_type(name, key, value, str(known[key]))
-    if rank is not None and options.setdefault("rank", rank) != rank:
-        raise MethodError(f"rank: given twice, as {options['rank']} and as {rank}; give it once")
     return kind(**options)
 
 
@@ -70,6 +71,8 @@ def _check_type(method: str, key: str, value: object, declared: str) -> None:
         expected = (int, float, type(None))
     if not isinstance(value, expected) or (isinstance(value, bool) and expected != (object,)):
         raise MethodError(f"method {method}: {key}: expected {declared}, got {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise MethodError(f"method {method}: {key}: expected a finite number, got {value}")
 
 
 def _nearest(name: object, known: Mapping[str, object]) -> str:

@@ -21,6 +21,7 @@ import torch
 from forgetless.linalg.lowrank import project_and_balance
 from forgetless.linalg.subspace import leakage, null_basis
 from forgetless.methods.base import (
+    MEASURED_RATE,
     AdapterInit,
     LayerWeights,
     Method,
@@ -84,10 +85,7 @@ class LoRANull(Method):
     @property
     def learning_rate_source(self) -> str:
         """Source of the default rate."""
-        return (
-            "measured on SmolLM2-135M, rank 32 (docs/results.md); the authors use 2e-5 on 7B "
-            "models at rank 128"
-        )
+        return MEASURED_RATE
 
     def init(
         self, layer: LayerWeights, stats: SiteStatistics, generator: torch.Generator

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from forgetless.linalg.moments import SecondMoment, augment_bias, output_energy
+from forgetless.linalg.precision import full_precision
 from forgetless.linalg.subspace import contrast_basis
 from forgetless.methods.base import (
+    MEASURED_RATE,
     AdapterInit,
     LayerWeights,
     Method,
@@ -90,10 +92,7 @@ class SCLoRA(Method):
     @property
     def learning_rate_source(self) -> str:
         """Source of the default rate."""
-        return (
-            "measured on SmolLM2-135M, rank 32 (docs/results.md); the authors use 2e-5 on 7B "
-            "models at rank 128"
-        )
+        return MEASURED_RATE
 
     def init(
         self, layer: LayerWeights, stats: SiteStatistics, generator: torch.Generator
@@ -112,7 +111,8 @@ class SCLoRA(Method):
             contrast = weight * moment if contrast is None else contrast + weight * moment
         assert contrast is not None  # beta cannot be 0 and 1
         found = contrast_basis(augmented, contrast, self.rank)
-        a_RD, b_OR = found.basis_OR.T @ layer.weight_OD, found.basis_OR
+        with full_precision():
+            a_RD, b_OR = found.basis_OR.T @ layer.weight_OD, found.basis_OR
         if self.negative == "drop":
             kept_R = found.eigenvalues_R >= -found.tolerance
             kept_R[0] = True  # a layer without any direction would train nothing

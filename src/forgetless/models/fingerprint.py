@@ -3,24 +3,47 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 SAMPLED_ELEMENTS = 4096  # per tensor
+# Configuration keys that say nothing about what the model computes: where it came from and what
+# wrote it, what the tensors tell already, and what training libraries change on the way.
+IGNORED_KEYS = {
+    "_name_or_path",
+    "name_or_path",
+    "_commit_hash",
+    "architectures",
+    "auto_map",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+    "gradient_checkpointing",
+    "output_router_logits",
+    "router_aux_loss_coef",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+}
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """Hash names, shapes, dtypes and a sample of the values of the base model; 16 hex digits.
+    """Hash the base model: its tensors, and its configuration as far as that changes results.
 
-    PEFT's tensors and the names it adds are left out, so that the value is the same with and
-    without adapters. Tied parameters count once. Buffers that a checkpoint holds count too: some
-    quantised layers keep their weights there.
+    Of the tensors names, shapes, dtypes and a sample of the values count; of the configuration all
+    but `IGNORED_KEYS`, and the implementation of attention. PEFT's tensors and the names it adds
+    are left out, so that the value, 16 hex digits, is the same with and without adapters. Tied
+    parameters count once. Buffers that a checkpoint holds count too: some quantised layers keep
+    their weights there.
     """
     state = hashlib.sha256()
     seen: set[int] = set()
@@ -62,8 +85,20 @@ def _without_peft(module: nn.Module) -> nn.Module:
 
 def _architecture(model: nn.Module) -> str:
     base = _without_peft(model)
-    kind = base.config.model_type if isinstance(base, PreTrainedModel) else ""
-    return f"{type(base).__name__} {kind}"
+    if not isinstance(base, PreTrainedModel):
+        return type(base).__name__
+    config: PreTrainedConfig = base.config
+    # to_dict leaves it out; a model with several parts may compute attention differently in each.
+    attention = [config._attn_implementation, config.get_text_config()._attn_implementation]
+    described = [type(base).__name__, _what_computes(config.to_dict()), attention]
+    return json.dumps(described, sort_keys=True, default=str)
+
+
+def _what_computes(value: Any) -> Any:
+    """A configuration, with those of its parts, without the ignored keys."""
+    if isinstance(value, dict):
+        return {str(k): _what_computes(v) for k, v in value.items() if k not in IGNORED_KEYS}
+    return value
 
 
 def _sample_bytes(tensor: Tensor) -> bytes:

@@ -42,6 +42,15 @@ def pick_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_fast_bf16(device) else torch.float32
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that new tensors on the device can take; on MPS and the CPU, of the main memory."""
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available)
+    free, _ = torch.cuda.mem_get_info(device)
+    # What PyTorch holds without using it is no longer the driver's to give, but ours.
+    return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+
+
 def describe_hardware() -> dict[str, str]:
     """CPU, cores, memory, bf16 support and GPUs of this machine, as words for a record."""
     facts = {

@@ -32,6 +32,7 @@ from forgetless.models.hardware import describe_hardware, has_fast_bf16, pick_de
 __all__ = [
     "DEMO",
     "LoadedModel",
+    "base_reference",
     "cache_dir",
     "describe_hardware",
     "has_fast_bf16",
@@ -99,6 +100,15 @@ def load_model(
         tokenizer = _tokenizer(name, source, options)
         model = _weights(name, source, config, precision, where, options)
     return LoadedModel(model.eval(), tokenizer, name, _commit(source, revision), where, precision)
+
+
+def base_reference(name: str) -> str:
+    """The name by which peft alone finds a base model, whatever the current folder.
+
+    An absolute path for a folder and for `demo`, else the name as it is.
+    """
+    path = demo_model_path() if name == DEMO else Path(name).expanduser()
+    return str(path.absolute()) if path.is_dir() else name
 
 
 def _device(device: str | torch.device) -> torch.device:

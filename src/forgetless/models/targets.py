@@ -17,6 +17,9 @@ from transformers.pytorch_utils import Conv1D
 
 from forgetless.errors import AdapterError
 
+HEAD, EMBEDDING = "output head", "embedding"
+USUAL_REASONS = (HEAD, EMBEDDING)  # layers that nobody expects to get an adapter
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -56,6 +59,10 @@ class TargetSelection:
     targets: dict[str, Target]
     skipped: dict[str, str]
 
+    def unexpected_skips(self) -> dict[str, str]:
+        """Skipped layers besides the head and the embeddings."""
+        return {n: why for n, why in self.skipped.items() if why not in USUAL_REASONS}
+
 
 def base_of(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a PEFT model, or the model itself.
@@ -82,6 +89,11 @@ def find_targets(model: nn.Module, patterns: Sequence[str] | None = None) -> Tar
     Raises:
         AdapterError: A pattern that matches no linear layer, or that names the output head.
     """
+    if isinstance(patterns, str) or (patterns is not None and not patterns):
+        raise AdapterError(
+            f"targets: expected a list of module names, got {patterns!r}; write it as "
+            "['q_proj', 'v_proj'], or leave it out for every linear layer but the head"
+        )
     base = base_of(model)
     head = base.get_output_embeddings()
     head = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
@@ -100,7 +112,7 @@ def find_targets(model: nn.Module, patterns: Sequence[str] | None = None) -> Tar
                     f"targets: {matched[0]!r} names the output head {name}; leave it out: TRL's "
                     "loss and most servers ignore an adapter there"
                 )
-            skipped[name] = "output head"
+            skipped[name] = HEAD
         elif widths is None:
             reason = _reason(module)
             if reason is not None:
@@ -138,7 +150,7 @@ def _linear_names(base: nn.Module) -> list[str]:
 def _reason(module: nn.Module) -> str | None:
     """Why a module with weight matrices of its own is no target; None where it has none."""
     if isinstance(module, nn.Embedding):
-        return "embedding"
+        return EMBEDDING
     own = [p for p in module.parameters(recurse=False) if p.ndim >= 2]
     if any(p.ndim == 3 for p in own):
         return f"{type(module).__name__}: fused 3-D weights, not nn.Linear (mixture of experts?)"

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from forgetless.errors import TrainingError
-from forgetless.training.checkpoint import RunIdentity, write_marker
+from forgetless.training.checkpoint import write_marker
+from forgetless.training.identity import RunIdentity
 
 
 class CheckGradients(TrainerCallback):

@@ -2,86 +2,59 @@
 
 The trainer writes a checkpoint file by file, so that a kill leaves half of one. A marker file,
 written last and atomically, lists the files with their sizes and says what run they belong to; a
-folder without a valid marker is never read.
+folder without a valid marker is never read. A list beside the checkpoints names the steps whose
+save was begun, so that half a checkpoint of ours can be told from one of another program, which is
+never deleted.
 """
 
 from __future__ import annotations
 
-import hashlib
+import json
 import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import TrainerState
 
-from forgetless.adapters.forms import form_of
 from forgetless.atomic import write_atomically
 from forgetless.errors import ArtefactError
-from forgetless.models.load import model_fingerprint
-from forgetless.training.options import TrainingOptions
+from forgetless.training.identity import RunIdentity, adapter_tensors
 
 MARKER = "forgetless.json"
+STARTED = "forgetless-started.txt"
+_SCHEMA = 2
 ADAPTER_FILE = "adapter_model.safetensors"
 
 
-class _Value(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class RunIdentity(_Value):
-    """What must be the same for a checkpoint to go on.
-
-    Attributes:
-        base: Fingerprint of the base model.
-        adapter: Name of the adapter in the PEFT model.
-        form: Which form holds it.
-        rank: Its rank.
-        frozen: Hash of the adapter's tensors that do not train (A0 of `b`, B0 of `a`, both of
-            `both`), which PEFT would load, or miss, silently.
-        data: Fingerprint of the train rows in their order.
-        options: The training options that change the weights, and the seed.
-    """
-
-    base: str
-    adapter: str
-    form: str
-    rank: int
-    frozen: str
-    data: str
-    options: dict[str, Any]
-
-
-class Marker(_Value):
+class Marker(BaseModel):
     """The content of a checkpoint's marker file."""
 
-    schema_version: Literal[1] = 1
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[2] = 2
     step: int
     resumed_from: tuple[int, ...]
     files: dict[str, int]
     identity: RunIdentity
 
 
-def identity_of(
-    model: PeftModel, adapter: str, *, data: str, options: TrainingOptions, seed: int
-) -> RunIdentity:
-    """Describe a run by its attached model, its data and its options, before the first step."""
-    return RunIdentity(
-        base=model_fingerprint(model),
-        adapter=adapter,
-        form=form_of(model, adapter).name,
-        rank=model.peft_config[adapter].r,
-        frozen=_frozen_hash(model, adapter),
-        data=data,
-        options={**options.identity(), "seed": seed},
-    )
+def write_started(folder: Path, step: int) -> None:
+    """Note that the checkpoint of a step is ours, before the first file of it is written.
+
+    The list lies beside the checkpoints, as a kill may also come while an old one is deleted.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / STARTED).open("a", encoding="utf-8") as file:
+        file.write(f"{step}\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_marker(
@@ -98,13 +71,60 @@ def write_marker(
 
 
 def read_marker(checkpoint: Path) -> Marker | None:
-    """The marker of a complete checkpoint; None where it, or a file, is missing or damaged."""
+    """The marker of a complete checkpoint; None where it, or a file, is missing or damaged.
+
+    Raises:
+        ArtefactError: The marker is whole but of another version of forgetless.
+    """
     try:
-        marker = Marker.model_validate_json((checkpoint / MARKER).read_bytes())
+        content = json.loads((checkpoint / MARKER).read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    try:
+        marker = Marker.model_validate(content)
+    except ValidationError:
+        version = content.get("schema_version") if isinstance(content, dict) else None
+        raise ArtefactError(
+            f"{checkpoint / MARKER}: expected a checkpoint of schema_version {_SCHEMA}, got "
+            f"{version}, of another version of forgetless; give another output folder, or remove "
+            "this one to start anew"
+        ) from None
+    try:
         sizes = {name: (checkpoint / name).stat().st_size for name in marker.files}
-    except (FileNotFoundError, NotADirectoryError, ValidationError):
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return marker if sizes == marker.files else None
+
+
+def resume_point(folder: Path, identity: RunIdentity) -> tuple[Path, Marker] | None:
+    """Where a run goes on: the newest complete checkpoint in `folder`; None to start anew.
+
+    What a kill in the middle of a save left behind is deleted, once nothing was refused.
+
+    Raises:
+        ArtefactError: `folder` holds a checkpoint of another run, program or version.
+    """
+    refuse_foreign(folder)
+    newest = latest_checkpoint(folder)
+    marker = None if newest is None else read_marker(newest)
+    if newest is not None and marker is not None:
+        refuse_other_run(newest, marker, identity)
+    remove_incomplete(folder)
+    return None if newest is None or marker is None else (newest, marker)
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Refuse a folder where another program keeps checkpoints: they would be deleted in turn.
+
+    Raises:
+        ArtefactError: Names the first of them.
+    """
+    for path in _checkpoints(folder):
+        if read_marker(path) is None and not _is_ours(path):
+            raise ArtefactError(
+                f"{path}: expected a checkpoint of forgetless, got one of another program; choose "
+                "another output folder"
+            )
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -114,8 +134,13 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def remove_incomplete(folder: Path) -> list[Path]:
-    """Delete what a kill in the middle of a save left behind; returns what was deleted."""
-    incomplete = [path for path in _checkpoints(folder) if read_marker(path) is None]
+    """Delete what a kill in the middle of a save left behind; returns what was deleted.
+
+    Only folders known to be ours: those whose save was begun by us, and empty ones.
+    """
+    incomplete = [
+        path for path in _checkpoints(folder) if read_marker(path) is None and _is_ours(path)
+    ]
     for path in incomplete:
         shutil.rmtree(path)
     return incomplete
@@ -127,7 +152,7 @@ def refuse_other_run(checkpoint: Path, marker: Marker, identity: RunIdentity) ->
     Raises:
         ArtefactError: Names each thing that differs.
     """
-    old, new = _flat(marker.identity), _flat(identity)
+    old, new = marker.identity.flat(), identity.flat()
     differing = [
         f"{name} (checkpoint {_shown(old.get(name))}, this run {_shown(new.get(name))})"
         for name in sorted(old.keys() | new.keys())
@@ -175,19 +200,13 @@ def load_finished(model: PeftModel, adapter: str, checkpoint: Path) -> TrainerSt
     return TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
 
-def adapter_tensors(model: PeftModel, adapter: str) -> dict[str, Tensor]:
-    """All tensors of one adapter, trainable and frozen, under the names that a checkpoint uses."""
-    return get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-
-
-def _frozen_hash(model: PeftModel, adapter: str) -> str:
-    trainable = {p.data_ptr() for p in model.parameters() if p.requires_grad}
-    state = hashlib.sha256()
-    for name, tensor in sorted(adapter_tensors(model, adapter).items()):
-        if tensor.data_ptr() not in trainable:
-            state.update(f"\0{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
-            state.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return state.hexdigest()[:16]
+def _is_ours(checkpoint: Path) -> bool:
+    """Whether forgetless made this folder, complete or not; an empty one belongs to nobody."""
+    if (checkpoint / MARKER).exists() or not any(checkpoint.iterdir()):
+        return True
+    started = checkpoint.with_name(STARTED)
+    steps = started.read_text(encoding="utf-8").split() if started.exists() else []
+    return checkpoint.name.removeprefix("checkpoint-") in steps
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -198,12 +217,6 @@ def _checkpoints(folder: Path) -> list[Path]:
         if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir()
     }
     return [steps[step] for step in sorted(steps)]
-
-
-def _flat(identity: RunIdentity) -> dict[str, Any]:
-    values = identity.model_dump(mode="json")
-    options = {f"training.{name}": value for name, value in values.pop("options").items()}
-    return values | options
 
 
 def _shown(value: object) -> str:

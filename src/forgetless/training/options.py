@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
+import torch
+
 from forgetless.errors import TrainingError
+from forgetless.models.hardware import has_fast_bf16
 
 Scheduler = Literal["cosine", "linear", "constant"]
 
@@ -27,7 +30,8 @@ class TrainingOptions:
         batch_size: Rows a forward pass.
         gradient_accumulation: Forward passes an optimiser step.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
-        warmup_ratio: Fraction of the steps in which the rate rises from 0.
+        warmup_ratio: Fraction of the steps in which the rate rises from 0; the last step is always
+            behind it.
         weight_decay: Decoupled decay of every trainable adapter tensor. Their value at the base is
             0 in every form, so decay pulls to the base; the A of `plain` decays to 0 as well, which
             moves ΔW = B A towards 0 too.
@@ -78,8 +82,16 @@ class TrainingOptions:
         return math.ceil(self.epochs * math.ceil(batches / self.gradient_accumulation))
 
     def num_warmup_steps(self, rows: int) -> int:
-        """Optimiser steps of warm-up for that many train rows."""
-        return math.ceil(self.warmup_ratio * self.num_steps(rows))
+        """Optimiser steps of warm-up for that many train rows; at least one step comes after them.
+
+        The rate of the first step of a warm-up is 0: a run of one step would learn nothing in it.
+        """
+        steps = self.num_steps(rows)
+        return min(math.ceil(self.warmup_ratio * steps), steps - 1)
+
+    def uses_bf16(self, device: torch.device) -> bool:
+        """Whether forward passes run under bf16 autocast on this device."""
+        return has_fast_bf16(device) if self.bf16 is None else self.bf16
 
     def identity(self) -> Mapping[str, Any]:
         """The options that change the trained weights: a resumed run must have the same."""

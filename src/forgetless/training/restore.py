@@ -14,19 +14,21 @@ from contextlib import contextmanager
 from peft import PeftModel
 from torch import nn
 
+from forgetless.models import state
+
 
 @contextmanager
 def left_as_found(model: PeftModel) -> Iterator[None]:
     """Undo on exit, also after an error or Ctrl-C, all that training changed but the adapter."""
     base = model.get_base_model()
-    was_training = model.training
     was_checkpointing = base.is_activation_checkpointing
     hooks = {module: set(module._forward_hooks) for module in base.modules()}
     forwards = {module: module.__dict__.get("forward") for module in (model, base)}
     configs = [base.config, base.config.get_text_config(), base.generation_config]
     values = [(config, dict(vars(config))) for config in configs if config is not None]
     try:
-        yield
+        with state.left_as_found(model):
+            yield
     finally:
         for module, forward in forwards.items():
             _restore_forward(module, forward)
@@ -39,7 +41,6 @@ def left_as_found(model: PeftModel) -> Iterator[None]:
         for config, fields in values:
             vars(config).clear()
             vars(config).update(fields)
-        model.train(was_training)
 
 
 def _restore_forward(module: nn.Module, forward: object) -> None:

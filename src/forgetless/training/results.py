@@ -23,7 +23,8 @@ class TrainingFacts(_Part):
 
     Attributes:
         tokens: Tokens read, prompt and completion, padding not counted, over all epochs.
-        resumed_from: Steps at which a killed run was taken up again, as far as checkpoints know.
+        resumed_from: Steps from which a killed run trained on, as far as checkpoints know; a run
+            killed after its last step is not among them, as it repeats none.
     """
 
     learning_rate: float

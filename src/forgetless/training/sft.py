@@ -8,32 +8,25 @@ weights as one that was not.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
 from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from forgetless.adapters.forms import adapted_layers, align_adapter_dtype
-from forgetless.data.tokens import TokenRow, pad_token_id
-from forgetless.errors import ArtefactError, TrainingError
+from forgetless.data.tokens import TokenRow, fingerprint_token_rows, pad_token_id
+from forgetless.errors import ForgetlessWarning, TrainingError
 from forgetless.evaluation.likelihood import score_rows
-from forgetless.models.load import has_fast_bf16
 from forgetless.training.callbacks import CheckGradients, MarkCheckpoints
-from forgetless.training.checkpoint import (
-    Marker,
-    identity_of,
-    latest_checkpoint,
-    load_finished,
-    read_marker,
-    refuse_other_run,
-    remove_incomplete,
-)
+from forgetless.training.checkpoint import load_finished, resume_point
+from forgetless.training.identity import identity_of
 from forgetless.training.loss import IGNORED
 from forgetless.training.options import TrainingOptions
 from forgetless.training.quiet import libraries_quiet
@@ -68,24 +61,29 @@ def train(
         callbacks: Further callbacks of transformers, such as `ReportSteps`.
 
     Raises:
-        TrainingError: Nothing to train on, a layer that trains nothing, a loss that is not finite.
-        ArtefactError: `output` holds a checkpoint of another run, or cannot be written.
+        TrainingError: Nothing to train on or to validate with, a layer that trains nothing, a loss
+            that is not finite.
+        ArtefactError: `output` holds a checkpoint of another run or program, or cannot be written.
+
+    Warns:
+        ForgetlessWarning: The adapter did not move.
     """
     adapter = _active_adapter(model)
     refuse_data_parallel()
     rows = learnable(train_rows)
-    identity = identity_of(model, adapter, data=_fingerprint(rows), options=options, seed=seed)
-    remove_incomplete(output)
-    resumed = latest_checkpoint(output)
-    resumed_from: tuple[int, ...] = ()
-    if resumed is not None:
-        marker = _complete(resumed)
-        refuse_other_run(resumed, marker, identity)
-        resumed_from = (*marker.resumed_from, marker.step)
-    if resumed is not None and resumed_from[-1] >= options.num_steps(len(rows)):
+    if validation_rows:
+        learnable(validation_rows, "validation data")
+    data = fingerprint_token_rows(rows)
+    identity = identity_of(model, adapter, data=data, options=options, seed=seed)
+    start = _trainable(model)
+    point = resume_point(output, identity)
+    resumed_from = () if point is None else point[1].resumed_from
+    if point is not None and point[1].step >= options.num_steps(len(rows)):
         # The trainer would take one more step where the run ended within an epoch.
-        state = load_finished(model, adapter, resumed)
+        state = load_finished(model, adapter, point[0])
     else:
+        if point is not None:
+            resumed_from = (*resumed_from, point[1].step)
         watchers = [
             CheckGradients(adapted_layers(model, adapter)),
             MarkCheckpoints(output, identity, resumed_from),
@@ -102,8 +100,9 @@ def train(
             )
             # TRL casts the trainable tensors of quantised models, and only those.
             align_adapter_dtype(model, adapter)
-            trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+            trainer.train(resume_from_checkpoint=None if point is None else str(point[0]))
             state = trainer.state
+    _warn_if_unmoved(model, start, state.global_step)
     return TrainingFacts(
         learning_rate=options.learning_rate,
         learning_rate_source=options.learning_rate_source,
@@ -117,25 +116,37 @@ def train(
     )
 
 
-def learnable(rows: Sequence[TokenRow]) -> list[TokenRow]:
+def learnable(rows: Sequence[TokenRow], where: str = "train data") -> list[TokenRow]:
     """Rows that have a token to learn: one of the completion, with a token before it.
 
     Raises:
         TrainingError: There are none.
     """
-    found = [row for row in rows if len(row.input_ids) > max(row.prompt_length, 1)]
+    found = [row for row in rows if has_target(row)]
     if not found:
         raise TrainingError(
-            f"train data: expected rows with a completion to learn, got none in {len(rows)} rows; "
-            "give rows, or raise max_length where they are truncated"
+            f"{where}: expected rows with a completion, got none in {len(rows)} rows; give rows, "
+            "or raise max_length where they are truncated"
         )
     return found
+
+
+def has_target(row: TokenRow) -> bool:
+    """Whether a row has a completion token with a token before it."""
+    return len(row.input_ids) > max(row.prompt_length, 1)
 
 
 def mean_nll(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[TokenRow]
 ) -> float:
-    """Mean negative log-likelihood per completion token, nats, in evaluation mode."""
+    """Mean negative log-likelihood per completion token, nats, in evaluation mode.
+
+    Rows without a completion token do not count.
+
+    Raises:
+        TrainingError: No row has one.
+    """
+    rows = learnable(rows, "validation data")
     was_training = model.training
     model.eval()
     try:
@@ -202,7 +213,7 @@ def _arguments(
         warmup_steps=options.num_warmup_steps(num_rows),
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
-        bf16=has_fast_bf16(device) if options.bf16 is None else options.bf16,
+        bf16=options.uses_bf16(device),
         use_cpu=device.type == "cpu",
         seed=seed,
         logging_steps=options.logging_steps,
@@ -236,17 +247,22 @@ def _curve(state: TrainerState) -> list[LogPoint]:
     ]
 
 
-def _complete(checkpoint: Path) -> Marker:
-    marker = read_marker(checkpoint)
-    if marker is None:
-        raise ArtefactError(
-            f"{checkpoint}: expected a complete checkpoint, got one without a marker"
+def _trainable(model: PeftModel) -> dict[str, Tensor]:
+    """Copies of what trains, off the accelerator."""
+    return {
+        name: parameter.detach().to("cpu", copy=True)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def _warn_if_unmoved(model: PeftModel, start: Mapping[str, Tensor], steps: int) -> None:
+    """Warn where every trainable tensor is what it was before the first step."""
+    now = dict(model.named_parameters())
+    if not any(bool((now[name].cpu() != tensor).any()) for name, tensor in start.items()):
+        warnings.warn(
+            f"training: the adapter did not move in {steps} steps, so that the tuned model is the "
+            "base model; raise training.learning_rate or train for more steps",
+            ForgetlessWarning,
+            stacklevel=3,
         )
-    return marker
-
-
-def _fingerprint(rows: Iterable[TokenRow]) -> str:
-    state = hashlib.sha256()
-    for row in rows:
-        state.update(f"{row.prompt_length} {row.input_ids}\n".encode())
-    return state.hexdigest()[:16]

@@ -13,7 +13,7 @@ from transformers import PrinterCallback, ProgressCallback
 from trl import SFTTrainer
 
 from forgetless.errors import ArtefactError, TrainingError
-from forgetless.training.checkpoint import refuse_silent_loss
+from forgetless.training.checkpoint import refuse_silent_loss, write_started
 from forgetless.training.loss import completion_loss, count_predicted
 
 # Elements of the logits of one forward pass, 1 GiB in float32; TRL computes larger ones in tiles.
@@ -87,6 +87,8 @@ class AdapterTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         try:
+            if self.is_world_process_zero():
+                write_started(Path(self.args.output_dir), self.state.global_step)
             super()._save_checkpoint(model, trial)
         # torch.save reports a full disk as RuntimeError, safetensors as its own error.
         except (OSError, RuntimeError, SafetensorError) as error:

@@ -1,0 +1,70 @@
+"""The arguments of `attach`, checked before anything slow begins."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from forgetless.errors import AdapterError
+
+MAX_SEED = 2**63 - 1
+ADAPTER_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
+
+
+def check_arguments(
+    model: object,
+    tokenizer: object,
+    *,
+    batch_size: object,
+    min_tokens: object,
+    cache: Path | None,
+    adapter: object,
+    seed: object,
+) -> None:
+    """Refuse what would fail later, deep in torch or PEFT.
+
+    Raises:
+        AdapterError: Names the argument.
+    """
+    if not isinstance(model, PreTrainedModel | PeftModel):
+        raise AdapterError(
+            "model: expected a transformers model or a PeftModel, got "
+            f"{type(model).__name__}; call attach(model, tokenizer, ...)"
+        )
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise AdapterError(
+            f"tokenizer: expected the model's tokenizer, got {type(tokenizer).__name__}; "
+            "load it with AutoTokenizer and call attach(model, tokenizer, ...)"
+        )
+    _check_whole("batch_size", batch_size, 1, "rows in a forward pass, such as 8")
+    if min_tokens is not None:
+        _check_whole("min_tokens", min_tokens, 1, "or leave it out for the widest layer's width")
+    _check_whole("seed", seed, 0, "take 0 if in doubt")
+    _check_adapter_name(adapter)
+    if isinstance(model, PeftModel) and adapter in model.peft_config:
+        raise AdapterError(f"adapter {adapter!r}: already there; give adapter= another name")
+    if cache is not None and cache.exists() and not cache.is_dir():
+        raise AdapterError(
+            f"cache: expected a folder, got the file {str(cache)!r}; name another place"
+        )
+
+
+def _check_whole(name: str, value: object, least: int, hint: str) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or not least <= value <= MAX_SEED:  # type: ignore[operator]
+        top = " to 2**63 - 1" if name == "seed" else " or more"
+        raise AdapterError(f"{name}: expected a whole number, {least}{top}, got {value!r}; {hint}")
+
+
+def _check_adapter_name(adapter: object) -> None:
+    """PEFT keeps adapters in a ModuleDict, where dots and the names of its methods are no keys."""
+    good = isinstance(adapter, str) and ADAPTER_NAME.fullmatch(adapter) is not None
+    if not good or hasattr(nn.ModuleDict(), str(adapter)) or "lora_" in str(adapter):
+        raise AdapterError(
+            "adapter: expected a name of letters, digits, _ and - that torch and PEFT do not use "
+            f"themselves, got {adapter!r}; take another, such as 'default' or 'task_1'"
+        )

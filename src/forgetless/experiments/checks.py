@@ -1,0 +1,81 @@
+"""What can be checked of a recipe in a moment, before hours are spent on it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+from forgetless.data.sources import read_records
+from forgetless.data.spec import DataSpec
+from forgetless.errors import RecipeError
+from forgetless.methods.base import Method
+from forgetless.models.load import LoadedModel
+from forgetless.models.targets import find_targets
+from forgetless.recipe import Recipe
+
+_ANYWHERE = frozenset({"all", "none"})
+
+
+def check_before_loading(recipe: Recipe) -> None:
+    """Refuse data that cannot be read and loggers that are not there.
+
+    Raises:
+        DataError: A path that does not exist, or whose first record cannot be read.
+        RecipeError: `training.report_to` names no logger that is installed.
+    """
+    check_readable([*data_of(recipe), *items_of(recipe)])
+    for name in recipe.training.report_to:
+        _check_logger(name)
+
+
+def check_readable(specs: Sequence[DataSpec]) -> None:
+    """Read the first record of every file.
+
+    Raises:
+        DataError: A path that does not exist, or whose first record cannot be read.
+    """
+    for spec in specs:
+        if spec.path is not None:
+            read_records(spec.model_copy(update={"rows": (0, 1), "limit": None}))
+
+
+def check_layers(recipe: Recipe, method: Method, loaded: LoadedModel) -> None:
+    """Refuse targets that the model does not have, and ranks that its layers cannot hold.
+
+    Raises:
+        AdapterError: A pattern that matches no layer, or the output head.
+        MethodError: A layer that the method cannot start on.
+    """
+    for target in find_targets(loaded.model, recipe.targets).targets.values():
+        method.check_layer(target.name, target.in_features, target.out_features)
+
+
+def data_of(recipe: Recipe) -> list[DataSpec]:
+    """Specs of what the adapter is made from."""
+    return [*recipe.train_data, *recipe.preserve_data]
+
+
+def items_of(recipe: Recipe) -> list[DataSpec]:
+    """Specs of what is measured."""
+    return [*recipe.evaluation.gain, *recipe.evaluation.retention]
+
+
+def _check_logger(name: str) -> None:
+    if name in _ANYWHERE:
+        return
+    if name not in INTEGRATION_TO_CALLBACK:
+        near = difflib.get_close_matches(name, list(INTEGRATION_TO_CALLBACK), n=1)
+        remedy = f"did you mean {near[0]}?" if near else "leave it out to log nowhere else"
+        raise RecipeError(
+            f"training.report_to: expected one of {', '.join(INTEGRATION_TO_CALLBACK)}, got "
+            f"{name!r}; {remedy}"
+        )
+    # transformers has no check for flyte.
+    if name != "flyte" and name not in get_available_reporting_integrations():
+        raise RecipeError(
+            f"training.report_to: expected a logger that is installed, got {name!r}; install its "
+            "package, or leave it out"
+        )

@@ -1,0 +1,55 @@
+"""A run that has a record already: left alone, given another label, or measured again."""
+
+from __future__ import annotations
+
+from forgetless.errors import RecipeError
+from forgetless.experiments.checks import data_of, items_of
+from forgetless.experiments.data_files import changed_files
+from forgetless.experiments.output import RunFolder, differing, plain_recipe
+from forgetless.experiments.progress import Progress
+from forgetless.experiments.record import Record, load_record, save_record
+from forgetless.experiments.report import write_report
+from forgetless.recipe import Recipe
+from forgetless.training.checkpoint import latest_checkpoint
+
+
+def settle(recipe: Recipe, folder: RunFolder, heard: Progress) -> bool:
+    """Whether the record in the folder stands for this recipe; False where it must be made again.
+
+    Only what is measured may differ: `RunFolder.check` refuses the rest.
+
+    Raises:
+        RecipeError: A data file has changed since, or nothing is left to measure again.
+    """
+    record = load_record(folder.record)
+    changed = changed_files(data_of(recipe), record.files)
+    if changed:
+        raise RecipeError(
+            f"{changed[0]}: expected the file that {folder.path} was made from, got one that has "
+            "changed since; set output= to another folder, or remove this one"
+        )
+    keys = list(differing(record.recipe, plain_recipe(recipe)))
+    files = changed_files(items_of(recipe), record.files)
+    if not keys and not files:
+        heard.note(f"{folder.path} is finished already; remove it to run again")
+        return True
+    if keys == ["label"] and not files:
+        _relabel(recipe, folder, record)
+        heard.note(f"{folder.path} is finished already; only its label is new")
+        return True
+    names = ", ".join([*keys, *files])
+    if latest_checkpoint(folder.checkpoints) is None:
+        raise RecipeError(
+            f"output {folder.path}: expected a checkpoint to measure again, as {names} changed, "
+            "got none; run `forgetless evaluate`, or set output= to another folder"
+        )
+    heard.note(f"{folder.path} is trained already; it is measured again, as {names} changed")
+    return False
+
+
+def _relabel(recipe: Recipe, folder: RunFolder, record: Record) -> None:
+    label = recipe.label or str(recipe.method["name"])
+    renamed = record.model_copy(update={"label": label, "recipe": plain_recipe(recipe)})
+    folder.claim(recipe)
+    write_report([renamed], folder.report)
+    save_record(renamed, folder.record)

@@ -1,0 +1,44 @@
+"""Borrow the user's model: modes, gradients and adapters are as before when it is handed back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from peft import PeftModel
+from torch import nn
+
+
+@contextmanager
+def left_as_found(model: nn.Module) -> Iterator[None]:
+    """Restore training modes, `requires_grad` and active adapters on exit, after an error too.
+
+    Each module's mode is restored on its own: a PeftModel that was just made is in training mode
+    around a base in eval mode, and `train()` on it would switch the base's dropout on. Each
+    parameter's flag is, because leaving `disable_adapter()` and `set_adapter()` thaw adapter
+    weights that were frozen by hand. Modules that were added meanwhile are left alone.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    active = list(model.active_adapters) if isinstance(model, PeftModel) else []
+    named = model.active_adapter if isinstance(model, PeftModel) else None
+    try:
+        yield
+    finally:
+        if isinstance(model, PeftModel):
+            _activate(model, active, named)
+        for module, training in modes:
+            module.training = training
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)
+
+
+def _activate(model: PeftModel, adapters: list[str], named: str | None) -> None:
+    """Make `adapters` the active ones; `PeftModel.set_adapter` takes but one name.
+
+    `named` is the wrapper's own idea of the active adapter, one name even where several are active.
+    """
+    if list(model.active_adapters) == adapters or not all(a in model.peft_config for a in adapters):
+        return
+    model.base_model.set_adapter(adapters)
+    model.active_adapter = named
