@@ -69,7 +69,7 @@ def test_every_borrower_leaves_a_new_wrapper_around_an_eval_base_as_it_was(
         with base_forward(two_adapters):
             pass
     elif borrow == "training":
-        with restore.left_as_found(two_adapters):
+        with restore.training_undone(two_adapters):
             two_adapters.train()
     else:
         sample_self(two_adapters, tiny_tokenizer, rows=1, max_length=12, seed=0, batch_size=1)  # type: ignore[arg-type]

@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from peft import PeftModel
 from torch import nn
 
-from forgetless.models import state
+from forgetless.models.state import left_as_found
 
 
 @contextmanager
-def left_as_found(model: PeftModel) -> Iterator[None]:
+def training_undone(model: PeftModel) -> Iterator[None]:
     """Undo on exit, also after an error or Ctrl-C, all that training changed but the adapter."""
     base = model.get_base_model()
     was_checkpointing = base.is_activation_checkpointing
@@ -27,7 +27,7 @@ def left_as_found(model: PeftModel) -> Iterator[None]:
     configs = [base.config, base.config.get_text_config(), base.generation_config]
     values = [(config, dict(vars(config))) for config in configs if config is not None]
     try:
-        with state.left_as_found(model):
+        with left_as_found(model):
             yield
     finally:
         for module, forward in forwards.items():

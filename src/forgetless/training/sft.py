@@ -24,13 +24,14 @@ from forgetless.adapters.forms import adapted_layers, align_adapter_dtype
 from forgetless.data.tokens import TokenRow, fingerprint_token_rows, pad_token_id
 from forgetless.errors import ForgetlessWarning, TrainingError
 from forgetless.evaluation.likelihood import score_rows
+from forgetless.models.state import left_as_found
 from forgetless.training.callbacks import CheckGradients, MarkCheckpoints
 from forgetless.training.checkpoint import load_finished, resume_point
 from forgetless.training.identity import identity_of
 from forgetless.training.loss import IGNORED
 from forgetless.training.options import TrainingOptions
 from forgetless.training.quiet import libraries_quiet
-from forgetless.training.restore import left_as_found
+from forgetless.training.restore import training_undone
 from forgetless.training.results import LogPoint, TrainingFacts
 from forgetless.training.trainer import AdapterTrainer
 
@@ -88,7 +89,7 @@ def train(
             CheckGradients(adapted_layers(model, adapter)),
             MarkCheckpoints(output, identity, resumed_from),
         ]
-        with left_as_found(model), libraries_quiet():
+        with training_undone(model), libraries_quiet():
             trainer = AdapterTrainer(
                 model,
                 adapter=adapter,
@@ -147,12 +148,9 @@ def mean_nll(
         TrainingError: No row has one.
     """
     rows = learnable(rows, "validation data")
-    was_training = model.training
-    model.eval()
-    try:
+    with left_as_found(model):
+        model.eval()
         scores = score_rows(model, tokenizer, rows)
-    finally:
-        model.train(was_training)
     return float(scores.nll_sum.sum() / scores.num_tokens.sum())
 
 
