@@ -1,5 +1,5 @@
 # make setup   environment in .venv, once (again when pyproject.toml or constraints.txt change)
-# make demo    the main job on a bundled task; make demo ARGS=--quick for two minutes
+# make demo    the main job on a bundled task; make demo ARGS=--quick for a short look
 # make check   what CI runs
 # PYTHON picks the interpreter of the environment: make setup PYTHON=python3.12
 

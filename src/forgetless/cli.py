@@ -84,7 +84,7 @@ def _top(
 @app.command()
 def demo(
     quick: Annotated[
-        bool, typer.Option("--quick", help="Two minutes; shows the way, claims nothing.")
+        bool, typer.Option("--quick", help="Fewer rows: shows the way, claims nothing.")
     ] = False,
     output: Annotated[Path | None, typer.Option(help="Folder for data, runs and report.")] = None,
 ) -> None:

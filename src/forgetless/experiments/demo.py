@@ -64,7 +64,7 @@ def run_demo(
     if not has_fast_bf16(pick_device()):
         heard.warn(
             "this processor has neither AMX nor AVX512-BF16: training is in float32 and takes "
-            "several times longer than the ten minutes of the README"
+            "several times longer than the README says"
         )
     with heard.phase("fetch the model"):
         demo_model_path(heard.note)
