@@ -16,9 +16,8 @@ from forgetless.experiments.record import LayerStart, ModelFacts, Record, Traini
 from forgetless.experiments.surroundings import git_commit, package_versions
 from forgetless.methods import method_options
 from forgetless.models.load import LoadedModel, describe_hardware, model_fingerprint
+from forgetless.models.targets import USUAL_REASONS
 from forgetless.recipe import Recipe
-
-_USUAL = frozenset({"embedding", "output head"})  # never adapted, as everybody expects
 
 
 def describe(
@@ -65,11 +64,11 @@ def describe(
 
 def skipped_notes(skipped: Mapping[str, str]) -> list[str]:
     """What to tell of layers without an adapter: the usual ones counted, each other by name."""
-    usual = [reason for reason in skipped.values() if reason in _USUAL]
+    usual = [reason for reason in skipped.values() if reason in USUAL_REASONS]
     notes = [
         f"layer {layer} is skipped: {reason}"
         for layer, reason in skipped.items()
-        if reason not in _USUAL
+        if reason not in USUAL_REASONS
     ]
     if usual:
         layers = "1 layer" if len(usual) == 1 else f"{len(usual)} layers"
