@@ -69,7 +69,7 @@ def main() -> None:
 def with_facts(recipe: Recipe, facts: Path) -> Recipe:
     """The recipe with world facts as one more retention item."""
     item = EvaluationItem(
-        name="world facts", path=facts, limit=60, metrics=("kl", "nll", "greedy_match")
+        name="world facts", path=facts, limit=100, metrics=("kl", "nll", "greedy_match")
     )
     retention = [*recipe.evaluation.retention, item]
     evaluation = recipe.evaluation.model_copy(update={"retention": retention})
