@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from forgetless.adapters.card import CARD, CardFacts, write_card
 from forgetless.adapters.forms import adapted_layers, factors
 from forgetless.adapters.load import CONFIG, WEIGHTS, load_adapter
 from forgetless.adapters.plain_lora import refuse_what_plain_lora_cannot_hold
@@ -82,6 +83,8 @@ def export(
 ) -> Path:
     """Write a plain LoRA adapter: one rank, alpha = rank, no patterns, loadable with peft alone.
 
+    A model card (`README.md`) lies beside it.
+
     Args:
         model: A PeftModel with any of our forms, or any PEFT LoRA on linear layers.
         folder: Where to write; made where it does not exist.
@@ -117,7 +120,8 @@ def export(
     with _written_into(folder) as workplace:
         save_file(tensors, workplace / WEIGHTS, {"format": "pt"})
         config.save_pretrained(str(workplace))
-        for file in (WEIGHTS, CONFIG):
+        write_card(workplace, CardFacts(base=name or None))
+        for file in (CARD, WEIGHTS, CONFIG):
             (workplace / file).replace(folder / file)
     return folder
 

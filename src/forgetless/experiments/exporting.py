@@ -14,6 +14,7 @@ from forgetless.adapters.forms import adapted_layers, factors
 from forgetless.adapters.load import CONFIG, load_adapter, read_adapter_config
 from forgetless.adapters.scale import scaled_adapter
 from forgetless.errors import AdapterError, RecipeError
+from forgetless.experiments.model_card import write_export_card
 from forgetless.experiments.progress import Progress
 from forgetless.models.load import base_reference, load_model
 from forgetless.training.quiet import libraries_quiet
@@ -86,6 +87,7 @@ def export_folder(
                 dtype = torch.float32
                 export(peft_model, output, scale=scale, base_name=name, revision=loaded.revision)
                 check = check_round_trip(peft_model, output, probe, scale=scale)
+    write_export_card(output, folder, base=model, scale=scale, merged=merge, warn=heard.warn)
     layers = adapted_layers(peft_model)
     rank = max(factors(layer)[0].shape[0] for layer in layers.values())
     return Exported(rank, check, dtype)

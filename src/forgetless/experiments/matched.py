@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from forgetless.escaping import one_line
 from forgetless.evaluation.results import Estimate, EvaluationReport
-from forgetless.experiments.numbers import metric_name, one_line, plain
+from forgetless.experiments.numbers import metric_name, plain
 from forgetless.experiments.runs import Run, gain_metric, improvement, items_of, metric_of
 
 

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from forgetless.escaping import one_line
 from forgetless.evaluation.results import Estimate, EvaluationReport, MetricResult, Side
-from forgetless.experiments.numbers import is_share, join_words, one_line
+from forgetless.experiments.numbers import is_share, join_words
 from forgetless.experiments.record import Record
 
 

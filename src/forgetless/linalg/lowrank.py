@@ -41,6 +41,13 @@ def concatenated_delta(
     return torch.cat([a_RD, fixed_A_RD], dim=0), torch.cat([fixed_B_OR + b_OR, b_OR], dim=1)
 
 
+def isometric_core(a_RD: Tensor, b_OR: Tensor) -> Tensor:
+    """C (R', D), R' = min(O, R), with ‖C x‖ = ‖B A x‖ for every x: T A, where B = Q T (thin QR)."""
+    with full_precision():
+        core_RD: Tensor = torch.linalg.qr(b_OR).R @ a_RD
+    return core_RD
+
+
 def row_space(a_RD: Tensor) -> Tensor:
     """Orthonormal basis (D, R') of the row space of A, R' its numerical rank (0 for A = 0)."""
     _, sigma_K, right_KD = torch.linalg.svd(a_RD, full_matrices=False)
