@@ -176,5 +176,6 @@ def _without_rows(value: Any) -> Any:
 
 def _counted(key: str, value: Any) -> Any:
     if key == "examples":
-        return f"{len(value)} rows given in Python" if isinstance(value, list) else "rows of Python"
+        count = f"{len(value)} " if isinstance(value, list) else ""
+        return f"{count}row{'' if count == '1 ' else 's'} given in Python"
     return _without_rows(value)

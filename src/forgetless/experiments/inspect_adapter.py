@@ -50,6 +50,9 @@ def _stored(adapter: StoredAdapter, folder: Path) -> dict[str, Any]:
     marker, config = read_marker(folder), adapter.config
     form = marker.identity.form if marker else "both" if adapter.is_both else "plain LoRA"
     largest = max(adapter.norms, key=lambda name: adapter.norms[name], default=None)
+    beyond = beyond_plain_lora(config)
+    # Of DoRA, and of starts that changed the base, B A is not the update.
+    is_update = not any(entry.startswith(("use_dora=", "init_lora_weights=")) for entry in beyond)
     ranks = sorted(set(adapter.ranks.values()))
     rank = ranks[0] if len(ranks) == 1 else ranks
     return {
@@ -62,11 +65,11 @@ def _stored(adapter: StoredAdapter, folder: Path) -> dict[str, Any]:
         "adapted_layers": len(adapter.ranks),
         "parameters": adapter.parameters,
         "dtypes": list(adapter.dtypes),
-        "update_norm": adapter.update_norm,
+        "update_norm": adapter.update_norm if is_update else None,
         "largest_update": None
-        if largest is None
+        if largest is None or not is_update
         else {"layer": largest, "update_norm": adapter.norms[largest]},
-        "beyond_plain_lora": beyond_plain_lora(config),
+        "beyond_plain_lora": beyond,
         "other_tensors": list(adapter.others),
     }
 

@@ -63,8 +63,7 @@ def inspect(
         )
     if measured:
         raise ArtefactError(
-            f"{path}: --model and --moments measure an adapter, got a {found['kind']}; leave them "
-            "out"
+            f"{path}: --model and --moments measure an adapter, got {found['kind']}; leave them out"
         )
     return found
 

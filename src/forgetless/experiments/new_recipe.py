@@ -191,13 +191,13 @@ def _text(
         "training:",
         _line("  epochs", 1),
         _line("  batch_size", 8),
-        f"{f'  # learning_rate: {rate}':<{_COMMENT_COLUMN - 1}} # the method's default; tune it first",
+        _noted(f"  # learning_rate: {rate}", "the method's default; tune it first"),
         "",
         "# Held-out rows, measured with the base and with the tuned model.",
         "evaluation:",
         "  gain:",
         *_entry(gain, "    "),
-        f"{'  retention:':<{_COMMENT_COLUMN - 1}} # metrics: nll and kl",
+        _noted("  retention:", "metrics: nll and kl"),
         *(line for item in retention for line in _entry(item, "    ")),
         "",
         _line("output", f"runs/{path.stem}", "record, report and adapter"),
@@ -235,7 +235,11 @@ def _mapping(values: Mapping[str, Any], indent: str = "  ") -> list[str]:
 
 
 def _line(key: str, value: object, comment: str = "") -> str:
-    line = f"{key}: {_scalar(value)}"
+    return _noted(f"{key}: {_scalar(value)}", comment)
+
+
+def _noted(line: str, comment: str) -> str:
+    """A line with a comment behind it, where both fit."""
     if not comment or len(line) + len(comment) > 76:
         return line
     return f"{line:<{_COMMENT_COLUMN - 1}} # {comment}"
