@@ -44,7 +44,7 @@ def new(
         force=force,
     )
     for note in made.notes:
-        typer.echo(f"  note: {note}", err=True)
+        typer.echo(wrapped("note", note), err=True)
     print_text(
         f"Recipe: {made.path}\n\nLook it over, then\n"
         f"  {shlex.join(['forgetless', 'run', str(made.path)])}"

@@ -46,8 +46,10 @@ def inspect(
     """
     heard = progress or Progress()
     measured = model is not None or moments is not None
-    if path.is_file():
-        found = _record(path) if path.name == "record.json" else _moments(path)
+    if path.is_file() and path.suffix == ".safetensors":
+        found = _moments(path)
+    elif path.is_file() and path.name == "record.json":
+        found = _record(path)
     elif (path / CONFIG).is_file():
         return describe_adapter(path, model=model, moments=moments, progress=heard)
     elif (path / "record.json").is_file() or (path / "recipe.yaml").is_file():
