@@ -24,6 +24,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from forgetless.adapters.mixed_dtypes import in_dtype_of_weight
 from forgetless.adapters.variant import FIXED_A, FIXED_B, BothVariant
 from forgetless.errors import AdapterError
 from forgetless.linalg.lowrank import concatenated_delta
@@ -40,6 +41,12 @@ class Form(ABC):
         """Put (A0, B0) into a layer made by PEFT, with ΔW = 0 exactly, and freeze what must be."""
         with torch.no_grad():
             self._fill(layer, adapter, init)
+        for name in ("lora_A", "lora_B"):
+            getattr(layer, name)[adapter].register_forward_pre_hook(in_dtype_of_weight)
+        self.freeze(layer, adapter)
+
+    def freeze(self, layer: LoraLayer, adapter: str) -> None:
+        """Keep the frozen side frozen, also through `set_adapter` and `disable_adapter()`."""
         # The layer's own dict, never the class-level one: PEFT re-applies it in set_adapter and
         # when disable_adapter() is left.
         frozen = dict(layer.frozen_peft_weight_names)
