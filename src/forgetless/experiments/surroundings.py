@@ -39,7 +39,7 @@ def package_versions() -> dict[str, str]:
 
 
 def git_commit(folder: Path) -> str | None:
-    """Commit of the checkout around `folder`, the user's; with `+changes` where files differ from it."""
+    """Commit of the user's checkout around `folder`; `+changes` where files differ from it."""
     commit = _git(folder, "rev-parse", "HEAD")
     if not commit:
         return None
