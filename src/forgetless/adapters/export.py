@@ -171,14 +171,17 @@ def check_round_trip(
         AdapterError: The logits differ by more than rounding explains.
     """
     dtype = _coarsest_dtype(base_of(model))
+    inputs = {"input_ids": input_ids_BT, "use_cache": False}
+    if base_of(model).config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = input_ids_BT
     with left_as_found(model), torch.no_grad():
         model.eval()
         model.set_adapter(adapter)
         with scaled_adapter(model, scale, adapter):
-            live = model(input_ids=input_ids_BT, use_cache=False).logits
+            live = model(**inputs).logits
         load_adapter(model, folder, adapter=PROBE)
         try:
-            exported = model(input_ids=input_ids_BT, use_cache=False).logits
+            exported = model(**inputs).logits
         finally:
             model.set_adapter(adapter)  # PEFT warns of deleting the active one
             model.delete_adapter(PROBE)
