@@ -71,7 +71,7 @@ def test_a_merge_that_went_wrong_is_an_error(
         return honest(model, output, scale=scale * 9, dtype=dtype)  # type: ignore[arg-type]
 
     monkeypatch.setattr(exporting, "save_merged", wrong)
-    with pytest.raises(AdapterError, match=r"merge: .* expected the logits"):
+    with pytest.raises(AdapterError, match=r"merge: .* expected W \+ ΔW rounded once"):
         export_folder(folder, folder.parent / "merged", merge=True)
 
 

@@ -1,4 +1,4 @@
-"""Export a plain LoRA adapter that every engine serves, or a merged model; check the round trip."""
+"""Export a plain LoRA adapter that every engine serves, or a merged model."""
 
 # Shape letters in this file: D = layer input width, O = layer output width, R = rank.
 
@@ -8,7 +8,6 @@ import copy
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,59 +16,16 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from forgetless.adapters.card import CARD, CardFacts, write_card
 from forgetless.adapters.forms import adapted_layers, factors
-from forgetless.adapters.load import CONFIG, WEIGHTS, load_adapter
+from forgetless.adapters.load import CONFIG, WEIGHTS
 from forgetless.adapters.plain_lora import refuse_what_plain_lora_cannot_hold
-from forgetless.adapters.scale import scaled_adapter
 from forgetless.errors import AdapterError
+from forgetless.linalg.precision import full_precision
 from forgetless.models.load import base_reference
-from forgetless.models.state import left_as_found
 from forgetless.models.targets import base_of, module_suffixes
-
-PROBE = "forgetless-roundtrip"
-# Largest difference of logits, as a share of the largest logit, that rounding may explain.
-TOLERANCE_FLOAT32 = 1e-3
-TOLERANCE_16_BIT = 5e-2
-
-
-@dataclass(frozen=True, slots=True)
-class RoundTrip:
-    """Logits of the exported adapter, reloaded by PEFT, against the live one on the same base.
-
-    Attributes:
-        max_difference: Largest absolute difference of logits.
-        max_logit: Largest absolute logit, for scale.
-    """
-
-    max_difference: float
-    max_logit: float
-
-    @classmethod
-    def of(cls, live: Tensor, found: Tensor, dtype: torch.dtype, where: str) -> RoundTrip:
-        """Compare logits.
-
-        Args:
-            live: Logits of the live adapter.
-            found: Logits of what was written, on the same input.
-            dtype: The coarsest in which either was computed.
-            where: Begins the message.
-
-        Raises:
-            AdapterError: They differ by more than rounding in `dtype` explains.
-        """
-        difference = float((live.float() - found.float()).abs().max())
-        largest = float(live.float().abs().max())
-        share = TOLERANCE_16_BIT if dtype.itemsize < 4 else TOLERANCE_FLOAT32
-        if not difference <= share * largest:  # NaN must not pass
-            raise AdapterError(
-                f"{where}: expected the logits of the live adapter up to {share * largest:.2e}, "
-                f"got a difference of {difference:.2e}; do not use it, and report this"
-            )
-        return cls(difference, largest)
 
 
 def export(
@@ -159,41 +115,6 @@ def _written_into(folder: Path) -> Iterator[Path]:
         ) from error
 
 
-def check_round_trip(
-    model: PeftModel,
-    folder: Path | str,
-    input_ids_BT: Tensor,
-    *,
-    scale: float = 1.0,
-    adapter: str = "default",
-) -> RoundTrip:
-    """Reload an export beside the live adapter and compare logits on the same input.
-
-    The model is left as it was found.
-
-    Raises:
-        AdapterError: The logits differ by more than rounding explains.
-    """
-    dtype = _coarsest_dtype(base_of(model))
-    with left_as_found(model), torch.no_grad():
-        model.eval()
-        model.set_adapter(adapter)
-        with scaled_adapter(model, scale, adapter):
-            live = model(input_ids=input_ids_BT, use_cache=False).logits
-        load_adapter(model, folder, adapter=PROBE)
-        try:
-            exported = model(input_ids=input_ids_BT, use_cache=False).logits
-        finally:
-            model.set_adapter(adapter)  # PEFT warns of deleting the active one
-            model.delete_adapter(PROBE)
-    return RoundTrip.of(live, exported, dtype, f"export: {folder}")
-
-
-def _coarsest_dtype(base: PreTrainedModel) -> torch.dtype:
-    """Of all parameters: that of quantised weights where there are some."""
-    return min((p.dtype for p in base.parameters()), key=lambda dtype: dtype.itemsize)
-
-
 def save_merged(
     model: PeftModel,
     folder: Path | str,
@@ -214,7 +135,8 @@ def save_merged(
         dtype: Of the weights written; the base's own by default.
 
     Raises:
-        AdapterError: A quantised base, or an adapter that is more than plain LoRA.
+        AdapterError: A quantised base, an adapter that is more than plain LoRA, or a folder or
+            configuration that cannot be written.
     """
     folder = Path(folder)
     refuse_what_plain_lora_cannot_hold(model, adapter)
@@ -230,7 +152,8 @@ def save_merged(
                 f"merge: layer {name} is quantised; load the base unquantised and merge there"
             )
         a_RD, b_OR = factors(layer, adapter)
-        delta_OD = (b_OR @ a_RD) * scale
+        with full_precision():
+            delta_OD = (b_OR @ a_RD) * scale
         if isinstance(layer.get_base_layer(), Conv1D):
             delta_OD = delta_OD.T
         weight = state[f"{name}.weight"]
@@ -242,6 +165,12 @@ def save_merged(
             config = copy.deepcopy(base.config)
             config.dtype = dtype
             config.save_pretrained(str(folder))
+    except ValueError as error:  # transformers checks what it copies, the base's settings too
+        first = str(error).strip().splitlines()[0]
+        raise AdapterError(
+            f"merge: transformers refuses to save this base ({first}); mend its "
+            "generation_config.json first"
+        ) from error
     except (OSError, SafetensorError) as error:
         raise AdapterError(
             f"merge: could not write {folder} ({str(error).strip()}); free some space, or choose "

@@ -206,6 +206,7 @@ def export_adapter(
             "dtype": str(done.dtype).removeprefix("torch."),
             "max_difference": done.check.max_difference,
             "max_logit": done.check.max_logit,
+            "max_update_error": done.check.max_update_error,
         }
         print_json(values)
         return
@@ -213,7 +214,8 @@ def export_adapter(
     print_text(f"{kind}: {output}")
     print_text(
         f"reloaded: logits differ by at most {done.check.max_difference:.2e} "
-        f"(largest logit {done.check.max_logit:.1f})"
+        f"(largest logit {done.check.max_logit:.1f}),\n"
+        f"the update of a layer by at most {done.check.max_update_error:.2e} of its norm"
     )
 
 

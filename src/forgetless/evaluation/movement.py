@@ -22,7 +22,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from forgetless.adapters.forms import adapted_layers, factors
+from forgetless.adapters.forms import adapted_layers, down_projection, factors
 from forgetless.calibration.engine import SiteMoments
 from forgetless.calibration.hooks import base_forward
 from forgetless.data.rows import RowSet
@@ -106,16 +106,17 @@ class _LayerProbe:
 
     def observe(self, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         """Forward hook of the base layer."""
-        x, name = args[0], self.target.name
-        if x.shape[:-1] != self.kept_BT.shape:
+        name = self.target.name
+        # Routers see (B·T, D), all other layers (B, T, D).
+        flat, flat_output = args[0].flatten(0, -2), output.flatten(0, -2)
+        if flat.shape[0] != self.kept_BT.numel():
             raise CalibrationError(
-                f"movement: layer {name} sees tokens of shape {tuple(x.shape[:-1])}, expected "
-                f"{tuple(self.kept_BT.shape)} (a routed expert?); "
-                "pass movement_data=() to leave movement out"
+                f"movement: layer {name} sees {flat.shape[0]} of {self.kept_BT.numel()} tokens "
+                "(a routed expert?); pass movement_data=() to leave movement out"
             )
-        kept_BT = self.kept_BT.to(x.device)
-        x_ND = x[kept_BT].to(self.core_RD)
-        output_NO = output[kept_BT].to(self.core_RD)
+        kept = self.kept_BT.reshape(-1).to(flat.device)
+        x_ND = flat[kept].to(self.core_RD)
+        output_NO = flat_output[kept].to(self.core_RD)
         bias_O = self.target.bias_O()
         if bias_O is not None:
             output_NO = output_NO - bias_O.to(output_NO)
@@ -175,8 +176,8 @@ def _probes(model: PeftModel, adapter: str) -> dict[str, _LayerProbe]:
     for name, layer in layers.items():
         if name in targets:
             a_RD, b_OR = factors(layer, adapter)
-            core_RD = isometric_core(a_RD, b_OR)
-            probes[name] = _LayerProbe(targets[name], core_RD, row_space(a_RD))
+            basis_DP = row_space(down_projection(layer, adapter))
+            probes[name] = _LayerProbe(targets[name], isometric_core(a_RD, b_OR), basis_DP)
     if not probes:
         raise AdapterError(
             f"movement: expected a LoRA on linear layers, got adapter {adapter!r} with none; "

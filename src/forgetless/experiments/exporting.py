@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from transformers import AutoConfig
 
-from forgetless.adapters.export import RoundTrip, check_round_trip, export, save_merged
+from forgetless.adapters.export import export, save_merged
 from forgetless.adapters.forms import adapted_layers, factors
 from forgetless.adapters.load import CONFIG, load_adapter, read_adapter_config
-from forgetless.adapters.scale import scaled_adapter
+from forgetless.adapters.round_trip import RoundTrip, check_merged, check_round_trip
 from forgetless.errors import AdapterError, RecipeError
 from forgetless.experiments.model_card import write_export_card
 from forgetless.experiments.progress import Progress
@@ -28,7 +27,7 @@ class Exported:
 
     Attributes:
         rank: Of the adapter.
-        check: Logits of what was written against those of the live adapter.
+        check: What was written against the live adapter.
         dtype: Of the weights written.
     """
 
@@ -82,7 +81,8 @@ def export_folder(
                 heard.note(f"merged in float32, saved as {_word(dtype)}, as the base is")
                 save_merged(peft_model, output, scale=scale, dtype=dtype)
                 loaded.tokenizer.save_pretrained(str(output))
-                check = _check_merged(peft_model, output, probe, scale, dtype)
+                merged = load_model(str(output), dtype=dtype).model
+                check = check_merged(peft_model, merged, probe, scale=scale)
             else:
                 dtype = torch.float32
                 export(peft_model, output, scale=scale, base_name=name, revision=loaded.revision)
@@ -123,17 +123,6 @@ def _checkpoint_dtype(name: str, revision: str | None) -> torch.dtype:
     """The dtype that the base's own configuration names; float32 where it names none."""
     config = AutoConfig.from_pretrained(base_reference(name), revision=revision)
     return config.dtype or config.get_text_config().dtype or torch.float32
-
-
-def _check_merged(
-    peft_model: PeftModel, folder: Path, probe: torch.Tensor, scale: float, dtype: torch.dtype
-) -> RoundTrip:
-    merged = load_model(str(folder), dtype=dtype)
-    with torch.no_grad():
-        with scaled_adapter(peft_model, scale):
-            live = peft_model(input_ids=probe, use_cache=False).logits
-        found = merged.model(input_ids=probe, use_cache=False).logits
-    return RoundTrip.of(live, found, dtype, f"merge: {folder}")
 
 
 def _word(dtype: torch.dtype) -> str:
