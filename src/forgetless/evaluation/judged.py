@@ -96,9 +96,10 @@ def _warn_of_the_limit(loaded: LoadedItem, cut: HitLimit) -> None:
         return
     if max(cut.base, cut.tuned) > _MANY_CUT * rows:
         warnings.warn(
-            f"evaluation item `{one_line(loaded.item.name)}`: max_new_tokens {loaded.item.max_new_tokens} "
-            f"cut off {cut.base} of {rows} answers of the base and {cut.tuned} of the tuned "
-            "model; what they would have said next is not judged: raise max_new_tokens",
+            f"evaluation item `{one_line(loaded.item.name)}`: max_new_tokens "
+            f"{loaded.item.max_new_tokens} cut off {cut.base} of {rows} answers of the base and "
+            f"{cut.tuned} of the tuned model; what they would have said next is not "
+            "judged: raise max_new_tokens",
             ForgetlessWarning,
             stacklevel=2,
         )
