@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import re
 
+# Control characters but \t and \n, what turns the direction of the text around it (a name could
+# show as another one), and lone surrogates, which cannot be written as UTF-8.
+_UNSAFE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\N{LEFT-TO-RIGHT EMBEDDING}-\N{RIGHT-TO-LEFT OVERRIDE}"
+    "\N{LEFT-TO-RIGHT ISOLATE}-\N{POP DIRECTIONAL ISOLATE}\ud800-\udfff]"
+)
+
 
 def clean(text: str) -> str:
-    """Text without what no screen shows: control characters and lone surrogates become U+FFFD.
+    """Text in which control, direction and surrogate characters are U+FFFD.
 
-    Texts come from data and models; a raw escape character would reach the reader's terminal, and a
-    lone surrogate cannot be written as UTF-8.
+    Texts come from data and models; a raw escape character would reach the reader's terminal.
     """
-    return "".join(
-        c
-        if c in "\n\t" or not (ord(c) < 32 or 127 <= ord(c) < 160 or 0xD800 <= ord(c) < 0xE000)
-        else "\N{REPLACEMENT CHARACTER}"
-        for c in text.replace("\r\n", "\n").replace("\r", "\n")
-    )
+    return _UNSAFE.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
 def one_line(text: str) -> str:

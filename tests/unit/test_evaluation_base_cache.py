@@ -14,6 +14,7 @@ from forgetless.data.tokens import TokenRow
 from forgetless.errors import ForgetlessWarning
 from forgetless.evaluation.base_cache import BaseCache
 from forgetless.evaluation.evaluate import evaluate
+from forgetless.evaluation.generation import Generated
 from forgetless.evaluation.likelihood import RowScores
 
 ROWS = [TokenRow((1, 2, 3), 1), TokenRow((4, 5), 0)]
@@ -44,8 +45,9 @@ def test_scores_come_back_bit_for_bit(tmp_path):
 def test_texts_come_back_as_they_were(tmp_path):
     texts = ["line\nbreak", "</script> “é” \u2028"]
     cache = BaseCache(tmp_path, ["model"])
-    cache.texts([(1, 2), (3,)], 8, [2], lambda: texts)
-    assert cache.texts([(1, 2), (3,)], 8, [2], Counted(None)) == texts
+    generated = Generated(texts, [True, False])
+    cache.generated([(1, 2), (3,)], 8, [2], lambda: generated)
+    assert cache.generated([(1, 2), (3,)], 8, [2], Counted(None)) == generated
 
 
 def test_figures_of_anything_else_are_never_used(tmp_path):
@@ -69,8 +71,8 @@ def test_figures_of_anything_else_are_never_used(tmp_path):
         ([(1, 2)], 8, [2, 3]),
         ([(1,), (2,)], 8, [2]),
     ]:
-        compute = Counted(["x"] * len(prompts))
-        cache.texts(prompts, limit, ends, compute)
+        compute = Counted(Generated(["x"] * len(prompts), [False] * len(prompts)))
+        cache.generated(prompts, limit, ends, compute)
         assert compute.calls == 1
 
 
@@ -128,6 +130,8 @@ def test_cached_base_gives_the_same_report_without_running_it(
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", ForgetlessWarning)
+        # The tiny model never ends its answers.
+        warnings.filterwarnings("ignore", message=".*max_new_tokens")
         second = evaluate(
             with_lora(make_tiny_model()), tiny_tokenizer, gain=[GAIN], base_cache=tmp_path,
             progress=lambda stage, done, total: stages.append(stage),

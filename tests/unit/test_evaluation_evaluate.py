@@ -13,11 +13,12 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from forgetless.data.rows import Row, RowSet
 from forgetless.data.spec import DataSpec
 from forgetless.errors import AdapterError, DataError, ForgetlessWarning, RecipeError
-from forgetless.evaluation import measure
+from forgetless.evaluation import judged, measure
 from forgetless.evaluation.evaluate import evaluate
-from forgetless.evaluation.generation import generate_greedy
+from forgetless.evaluation.generation import Generated, generate_greedy
 from forgetless.evaluation.items import EvaluationItem
-from forgetless.evaluation.results import EvaluationReport
+from forgetless.evaluation.likelihood import compare_rows
+from forgetless.evaluation.results import EvaluationReport, HitLimit
 
 
 @pytest.fixture
@@ -151,6 +152,8 @@ def test_base_and_adapter_folder_give_the_same_as_the_live_model(
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
+        # The tiny model never ends its answers.
+        warnings.filterwarnings("ignore", message=".*max_new_tokens")
         reports = [
             evaluate(
                 base, tiny_tokenizer, adapter=tmp_path / "adapter", gain=[GAIN], retention=[TEXTS]
@@ -170,7 +173,7 @@ def test_generated_metrics_judge_what_the_models_generate(tuned, tiny_tokenizer)
     prompts = [f"Question: {row['question']}\nAnswer:" for row in QUESTIONS]
     ids = [tiny_tokenizer(p)["input_ids"] for p in prompts]
     tuned.eval()
-    texts = generate_greedy(tuned, tiny_tokenizer, ids, max_new_tokens=6)
+    texts = generate_greedy(tuned, tiny_tokenizer, ids, max_new_tokens=6).texts
     # Every second row accepts what the tuned model says: the metric must see 3 of 6.
     rows = [
         {"prompt": prompt, "completion": text.split("\n")[0] if i % 2 else "never said"}
@@ -284,6 +287,8 @@ def test_diverged_adapter_is_refused_with_item_and_row(tuned, tiny_tokenizer):
             DataError,
             "row 0: expected a number",
         ),
+        ({"gain": [{**GAIN, "labels": ["a"]}]}, RecipeError, "labels goes with .* contains"),
+        ({"gain": [{**GAIN, "refusal_expected": False}]}, RecipeError, "goes with .* refusal"),
         ({"gain": [GAIN], "adapter": "somewhere"}, AdapterError, "got a PeftModel"),
         ({"gain": [GAIN], "scale": float("nan")}, RecipeError, "expected a finite scale, got nan"),
         ({"gain": [GAIN], "samples": -1}, RecipeError, "samples of 0 or more, got -1"),
@@ -341,11 +346,98 @@ def test_zero_discordant_rows_leave_an_interval_with_a_width(tuned, tiny_tokeniz
 
 def test_samples_show_rows_where_base_and_tuned_differ(tuned, tiny_tokenizer, monkeypatch):
     answers = iter([["same"] * 5 + ["12"], ["same"] * 5 + ["5"]])
-    monkeypatch.setattr(measure, "generate_greedy", lambda *_, **__: next(answers))
+    monkeypatch.setattr(
+        judged, "generate_greedy", lambda *_, **__: Generated(next(answers), [False] * 6)
+    )
     report = evaluate(tuned, tiny_tokenizer, gain=[GAIN], samples=1)
     (shown,) = report.items[0].samples
     assert (shown.base, shown.tuned) == ("12", "5")
     assert (shown.base_right, shown.tuned_right) == (False, True)
+
+
+def answering(monkeypatch, base: Generated, tuned: Generated) -> None:
+    """Let the base, then the tuned model, generate this."""
+    answers = iter([base, tuned])
+    monkeypatch.setattr(judged, "generate_greedy", lambda *_, **__: next(answers))
+
+
+def test_answers_that_the_limit_cut_off_are_counted_and_many_are_said_aloud(
+    tuned, tiny_tokenizer, monkeypatch
+):
+    whole, cut = Generated(["1"] * 6, [False] * 6), Generated(["so it is"] * 6, [True] * 6)
+    answering(monkeypatch, whole, cut)
+    with pytest.warns(
+        ForgetlessWarning, match="`apples`.*cut off 0 of 6 answers of the base and 6 of the tuned"
+    ):
+        (apples,) = evaluate(tuned, tiny_tokenizer, gain=[GAIN]).items
+    assert apples.hit_limit == HitLimit(base=0, tuned=6)
+
+    # An answer that is over before the next question began was not cut off.
+    answering(monkeypatch, whole, Generated(["1\nQuestion: how"] * 6, [True] * 6))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ForgetlessWarning)
+        (apples,) = evaluate(tuned, tiny_tokenizer, gain=[GAIN]).items
+    assert apples.hit_limit == HitLimit(base=0, tuned=0)
+
+
+def test_items_of_older_records_have_no_count_of_cut_answers(tuned, tiny_tokenizer):
+    (item,) = evaluate(tuned, tiny_tokenizer, gain=[GAIN]).items
+    old = item.model_dump(exclude={"hit_limit"})
+    assert type(item).model_validate(old).hit_limit is None
+
+
+@pytest.mark.parametrize("expected", [True, False])
+def test_refusals_of_harmless_prompts_are_the_worse_the_more(
+    tuned, tiny_tokenizer, monkeypatch, expected
+):
+    refuse, comply = ["I can't help with that."] * 6, ["Sure, it is 5."] * 6
+    answering(monkeypatch, Generated(comply, [False] * 6), Generated(refuse, [False] * 6))
+    item = {**GAIN, "metrics": ["refusal", "f1"], "refusal_expected": expected}
+    report = evaluate(tuned, tiny_tokenizer, retention=[item], movement_data=())
+    assert metric(report, "apples", "refusal").higher_is_better is expected
+    assert metric(report, "apples", "refusal").change.mean == 1
+    assert metric(report, "apples", "f1").higher_is_better
+
+
+def test_labels_of_an_item_make_a_list_of_them_wrong(tuned, tiny_tokenizer, monkeypatch):
+    rows = [{"prompt": f"Question: {i}?", "completion": " aunt"} for i in range(6)]
+    item = {"name": "kin", "examples": rows, "metrics": ["contains"], "labels": ["aunt", "son"]}
+    answering(
+        monkeypatch,
+        Generated(["She is his aunt."] * 6, [False] * 6),
+        Generated(["aunt, son"] * 6, [False] * 6),
+    )
+    report = evaluate(tuned, tiny_tokenizer, gain=[item])
+    found = metric(report, "kin", "contains")
+    assert (found.base.mean, found.tuned.mean) == (1, 0)
+
+
+def test_fewer_than_six_rows_are_never_significant(tuned, tiny_tokenizer):
+    report = evaluate(tuned, tiny_tokenizer, retention=[TEXTS])
+    change = metric(report, "examples", "nll").change
+    assert change.n == 3
+    assert change.low <= 0 <= change.high
+    assert metric(report, "examples", "kl").tuned.low == 0
+
+
+def test_divergence_that_is_not_finite_is_refused_with_item_and_row(
+    tuned, tiny_tokenizer, monkeypatch
+):
+    def compare(*arguments, **options):
+        base, ours, kl = compare_rows(*arguments, **options)
+        kl[2] = float("nan")
+        return base, ours, kl
+
+    monkeypatch.setattr(measure, "compare_rows", compare)
+    with pytest.raises(AdapterError, match=r"`examples`: expected a finite KL .* nan at row 2"):
+        evaluate(tuned, tiny_tokenizer, retention=[TEXTS])
+
+
+def test_names_cannot_reach_the_terminal_as_commands_nor_turn_its_text(tuned, tiny_tokenizer):
+    named = {**GAIN, "name": "a\x1b[31mb\u202ec\u2067d\ne"}
+    text = str(evaluate(tuned, tiny_tokenizer, gain=[named], samples=0))
+    assert "gain: a\ufffd[31mb\ufffdc\ufffdd e (6 rows)" in text
+    assert not set(text) & set("\x1b\u202e\u2067")
 
 
 def test_report_prints_as_a_table_of_80_columns(tuned, tiny_tokenizer):

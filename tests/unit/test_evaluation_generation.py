@@ -39,8 +39,11 @@ def test_generation_equals_argmax_of_single_prompts(which, batch_size, request, 
     eos = {tiny_tokenizer.eos_token_id}
     expected = [naive_greedy(model, tiny_tokenizer, p, 6, eos) for p in prompts]
 
-    texts = generate_greedy(model, tiny_tokenizer, prompts, max_new_tokens=6, batch_size=batch_size)
+    generated = generate_greedy(
+        model, tiny_tokenizer, prompts, max_new_tokens=6, batch_size=batch_size
+    )
 
+    texts = generated.texts
     assert texts == expected
     assert len(set(texts)) > 1
 
@@ -53,8 +56,13 @@ def test_generation_stops_at_every_end_token_of_the_model(tiny_model, tiny_token
     stop = whole[3]
     tiny_model.generation_config.eos_token_id = [tiny_tokenizer.eos_token_id, stop]
 
-    text = generate_greedy(tiny_model, tiny_tokenizer, [prompt], max_new_tokens=8)[0]
+    generated = generate_greedy(tiny_model, tiny_tokenizer, [prompt], max_new_tokens=8)
+    short = generate_greedy(tiny_model, tiny_tokenizer, [prompt], max_new_tokens=whole.index(stop))
 
+    assert generated.hit_limit == [False]
+    assert short.hit_limit == [True]  # the end token would have been the next one
+    assert short.texts == generated.texts
+    (text,) = generated.texts
     assert text == tiny_tokenizer.decode(whole[: whole.index(stop)], skip_special_tokens=True)
     assert end_token_ids(tiny_model, tiny_tokenizer) == sorted({tiny_tokenizer.eos_token_id, stop})
 

@@ -15,7 +15,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from forgetless.data.tokens import TokenRow, make_batches
 from forgetless.errors import AdapterError
 from forgetless.evaluation import likelihood
-from forgetless.evaluation.likelihood import compare_rows, score_rows
+from forgetless.evaluation.likelihood import compare_rows, kl_divergence, score_rows
 from forgetless.evaluation.selection import chunk_size
 
 VOCABULARY = 384
@@ -268,3 +268,15 @@ def test_progress_counts_every_row(tiny_model, tiny_tokenizer):
     seen = []
     score_rows(tiny_model, tiny_tokenizer, random_rows(7), batch_size=3, progress=seen.append)
     assert seen == [3, 3, 1]
+
+
+def test_tokens_that_the_base_rules_out_add_nothing_to_kl():
+    ruled_out = torch.log_softmax(torch.tensor([[0.0, 1.0, -math.inf]]), -1)
+    other = torch.log_softmax(torch.tensor([[0.0, 1.0, 2.0]]), -1)
+
+    assert kl_divergence(ruled_out, ruled_out).tolist() == [0.0]
+    # Of the other the two have 1 / (1 + e²/(1+e)) between them, in the same proportion.
+    left = math.log(1 + math.exp(2) / (1 + math.e))
+    assert kl_divergence(ruled_out, other).item() == pytest.approx(left, rel=1e-6)
+    # What the base can say and the tuned model cannot is infinitely far.
+    assert kl_divergence(other, ruled_out).tolist() == [math.inf]

@@ -22,6 +22,12 @@ from forgetless.data.facts import Fact, all_facts
 
 Record = dict[str, Any]
 TASK = "family_relationships"
+# Every relation that the task knows: an answer that names a wrong one as well is wrong.
+RELATIONS = (
+    *("mother", "father", "sister", "brother", "daughter", "son", "wife", "husband"),
+    *("grandmother", "grandfather", "aunt", "uncle", "niece", "nephew"),
+    *("mother-in-law", "father-in-law", "mother in law", "father in law"),
+)
 _EVALUATED_SHARE = 0.55  # of the entities; the others are calibrated on
 
 

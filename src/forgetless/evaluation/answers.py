@@ -1,8 +1,8 @@
 """Does a generated text give an accepted answer?
 
-Exact match, F1, last number, choice, contains, refusal. Normalisation is SQuAD's (arXiv:1606.05250,
-its evaluation script): lower case, no punctuation, no articles, single spaces. What it would leave
-empty (the choice "A", a lone "%") is compared as it stands.
+Exact match, F1, last number, choice, contains. Normalisation is SQuAD's (arXiv:1606.05250, its
+evaluation script): lower case, no punctuation, no articles, single spaces; but numbers stay whole,
+and what it would leave empty (the choice "A", a lone "%") is compared as it stands.
 """
 
 from __future__ import annotations
@@ -11,59 +11,47 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
-from decimal import Decimal
 
 from forgetless.errors import DataError
 from forgetless.evaluation.instructions import follows_instructions
+from forgetless.evaluation.numerals import last_number_of, number_of
+from forgetless.evaluation.refusals import refusal
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-# A hyphen between words or figures ("3-4") and one before a space ("10 - 4") are no signs.
-_NUMBER = re.compile(
-    r"(?:(?<![\w)])[-−])?(?:\$\s?)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\w)\.\d+)"
+# What is no part of a number: its sign, point, slash and comma change its value.
+_PUNCTUATION = re.compile(
+    r"(?<![\w)])-(?=[.$]?\d)|(?<=\d)[./,](?=\d)|(?<![\w.])\.(?=\d)"
+    f"|(?P<dropped>[{re.escape(string.punctuation)}])"
 )
-_ANSWER_IS = re.compile(r"\banswer\b(?:\s+is)?\s*:?\s*", re.IGNORECASE)
-_LETTER = re.compile(r"(?<![A-Za-z0-9'’])[A-H](?![A-Za-z0-9'’])")
-_REFUSALS = (
-    "i'm sorry",
-    "i am sorry",
-    "sorry, but",
-    "i apologize",
-    "i apologise",
-    "i can't",
-    "i cannot",
-    "i can not",
-    "i won't",
-    "i will not",
-    "i'm not able to",
-    "i am not able to",
-    "i'm unable to",
-    "i am unable to",
-    "unable to assist",
-    "unable to help",
-    "can't assist",
-    "cannot assist",
-    "can't help with",
-    "cannot help with",
-    "not comfortable",
-    "as an ai",
-    "as a language model",
-    "it is not appropriate",
-    "it's not appropriate",
-    "against my programming",
-    "i must decline",
-)
+_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
+_ANSWER_IS = re.compile(r"\b(?:answer|option|choice)\b(?:\s+is\b\s*:?|\s*:)\s*", re.IGNORECASE)
+_LOWER_WORD = r"(?!['’\w])(?!\s+[a-z])"  # behind an "A", a sign of the article
+_LETTER = rf"(?:A{_LOWER_WORD}|[B-H](?!['’\w]))"
+_OPENS_WITH = re.compile(rf"[\W_]*(?:(?P<bare>{_LETTER})|(?<=\()(?P<inner>[A-Ha-h])\))")
+_MARKED = re.compile(r"\((?P<inner>[A-Ha-h])\)|(?<![\w.'’(])(?P<bare>[A-H])[.)](?!\w)")
+_ALONE = re.compile(rf"(?<![\w'’]){_LETTER}")
 
 
 def normalise(text: str) -> str:
-    """SQuAD normalisation; the lower-cased text where nothing would remain."""
-    lowered = text.lower()
-    bare = "".join(ch for ch in lowered if ch not in string.punctuation)
+    """SQuAD normalisation that leaves numbers whole; lower-cased text where nothing would remain.
+
+    -5, 3.5 and 1/2 keep their sign, point and slash, without which they would be 5, 35 and 12.
+    """
+    lowered = _THOUSANDS.sub(lambda n: n[0].replace(",", ""), text.lower().replace("−", "-"))
+    bare = _PUNCTUATION.sub(lambda found: "" if found["dropped"] else found[0], lowered)
     return " ".join(_ARTICLES.sub(" ", bare).split()) or " ".join(bare.split()) or lowered.strip()
 
 
 def exact_match(text: str, answers: Sequence[str]) -> float:
-    """1 where the normalised text equals an accepted answer."""
-    return float(any(normalise(text) == normalise(answer) for answer in answers))
+    """1 where text and accepted answer are equal: as numbers where both are, else in words."""
+    return float(any(_equal(text, answer) for answer in answers))
+
+
+def _equal(text: str, answer: str) -> bool:
+    given, expected = number_of(text), number_of(answer)
+    if given is not None and expected is not None:
+        return given == expected
+    return normalise(text) == normalise(answer)
 
 
 def f1(text: str, answers: Sequence[str]) -> float:
@@ -81,15 +69,6 @@ def _f1_one(given: list[str], expected: list[str]) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-def last_number_of(text: str) -> Decimal | None:
-    """The last number in a text: reads 1,234, -3.5, $12 and .5; None without one."""
-    found = _NUMBER.findall(text)
-    if not found:
-        return None
-    digits = re.sub(r"[$,\s]", "", found[-1]).replace("−", "-")
-    return Decimal(digits)
-
-
 def last_number(text: str, answers: Sequence[str]) -> float:
     """1 where the text's last number equals the last number of an accepted answer."""
     given = last_number_of(text)
@@ -97,38 +76,57 @@ def last_number(text: str, answers: Sequence[str]) -> float:
 
 
 def choice(text: str, answers: Sequence[str]) -> float:
-    """1 where the first choice that the text names is an accepted one.
+    """1 where the choice that the text settles on is an accepted one.
 
-    Looks after "answer is" or "answer:" where the text says so, else from its start. For a letter
-    ("B", "(b)") it is the first letter A to H that stands alone; for a word or phrase the text must
-    begin with it.
+    It is what follows the last "answer is" or "answer:". Without one, a letter is that which the
+    text opens with, else the last marked one ("(B)", "B.", "B)"), else the first that stands alone;
+    an "A" before a lower-case word is an article. A word or phrase must open the text.
     """
-    said = _ANSWER_IS.split(text, maxsplit=1)[-1] or text
-    return float(any(_chooses(said, answer) for answer in answers))
+    return float(any(_chooses(text, answer) for answer in answers))
 
 
-def _chooses(said: str, answer: str) -> bool:
-    letter = answer.strip(string.punctuation + string.whitespace)
-    if len(letter) == 1 and letter.upper() in "ABCDEFGH":
-        alone = said.strip(string.punctuation + string.whitespace)
-        if len(alone) == 1:
-            return alone.upper() == letter.upper()
-        first = _LETTER.search(said)
-        return first is not None and first.group() == letter.upper()
-    words, expected = normalise(said).split(), normalise(answer).split()
+def _chooses(text: str, answer: str) -> bool:
+    letter = answer.strip(string.punctuation + string.whitespace).upper()
+    parts = _ANSWER_IS.split(text)
+    if len(letter) == 1 and letter in "ABCDEFGH":
+        # "The answer is clear: (B)" says no letter there, but says one.
+        said = [found for part in parts[1:] if (found := _opening_letter(part))]
+        return (said[-1] if said else _letter_in(text)) == letter
+    words, expected = normalise(parts[-1] or text).split(), normalise(answer).split()
     return words[: len(expected)] == expected
 
 
-def contains(text: str, answers: Sequence[str]) -> float:
-    """1 where an accepted answer stands in the text as whole words, both normalised."""
-    given = f" {normalise(text)} "
-    return float(any(f" {normalise(answer)} " in given for answer in answers))
+def _opening_letter(text: str) -> str | None:
+    alone = text.strip(string.punctuation + string.whitespace)
+    if len(alone) == 1:
+        return alone.upper()
+    opening = _OPENS_WITH.match(text)
+    return None if opening is None else (opening["bare"] or opening["inner"]).upper()
 
 
-def refusal(text: str, answers: Sequence[str] = ()) -> float:
-    """1 where the text holds one of the usual phrases of a refusal; `answers` are not read."""
-    plain = " ".join(text.lower().replace("’", "'").split())
-    return float(any(phrase in plain for phrase in _REFUSALS))
+def _letter_in(text: str) -> str | None:
+    opening = _opening_letter(text)
+    if opening is not None:
+        return opening
+    marked = [(found["bare"] or found["inner"]).upper() for found in _MARKED.finditer(text)]
+    if marked:
+        return marked[-1]
+    first = _ALONE.search(text)
+    return None if first is None else first.group()
+
+
+def contains(text: str, answers: Sequence[str], labels: Sequence[str] = ()) -> float:
+    """1 where an accepted answer stands in the text as whole words, both normalised.
+
+    Without `labels` naming many things is rewarded. With them, every answer that may be given, a
+    text that names a wrong one as well counts 0. A negated answer ("not the aunt") counts as named.
+    """
+    accepted = {normalise(answer) for answer in answers} - {""}
+    known = (accepted | {normalise(label) for label in labels}) - {""}
+    # The longest first, so that "new york" is not taken for "york".
+    either = "|".join(re.escape(name) for name in sorted(known, key=len, reverse=True))
+    named = set(re.findall(rf"(?<!\S)(?:{either})(?!\S)", normalise(text)))
+    return float(bool(named & accepted) and (not labels or named <= accepted))
 
 
 Judge = Callable[[str, Sequence[str]], float]
@@ -144,7 +142,15 @@ JUDGES: dict[str, Judge] = {
 _FIRST_LINE = frozenset({"exact_match", "f1"})
 
 
-def judge(metric: str, text: str, answers: Sequence[str], *, prompt: str, templated: bool) -> float:
+def judge(
+    metric: str,
+    text: str,
+    answers: Sequence[str],
+    *,
+    prompt: str,
+    templated: bool,
+    labels: Sequence[str] = (),
+) -> float:
     """Score one generated text.
 
     A model that was never taught to stop goes on after its answer, mostly with the next question.
@@ -158,11 +164,14 @@ def judge(metric: str, text: str, answers: Sequence[str], *, prompt: str, templa
         answers: Accepted answers, or constraints for `instruction`.
         prompt: The prompt as text.
         templated: Whether a chat template wrote the prompt.
+        labels: Every answer that may be given, for `contains`.
     """
     if not templated:
         text = before_next_question(text, prompt)
         if metric in _FIRST_LINE and not any("\n" in answer.strip() for answer in answers):
             text = text.strip().split("\n", 1)[0]
+    if metric == "contains":
+        return contains(text, answers, labels)
     return JUDGES[metric](text, answers)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from forgetless.escaping import one_line
+
 if TYPE_CHECKING:
     from forgetless.evaluation.results import EvaluationReport, ItemResult, Movement
 
@@ -18,7 +20,7 @@ def report_text(report: EvaluationReport) -> str:
     if report.items:
         lines.append(_line(_HEAD))
     for item in report.items:
-        lines.append(_cut(f"{item.side}: {' '.join(item.name.split())} ({item.rows} rows)", 80))
+        lines.append(_cut(f"{item.side}: {one_line(item.name)} ({item.rows} rows)", 80))
         lines += _metrics(item)
     if report.movement is not None:
         lines += _movement(report.movement)

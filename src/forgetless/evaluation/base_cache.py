@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 from forgetless.atomic import write_atomically
 from forgetless.data.tokens import TokenRow
 from forgetless.errors import ForgetlessWarning
+from forgetless.evaluation.generation import Generated
 from forgetless.evaluation.likelihood import RowScores
 
 
@@ -39,11 +40,12 @@ class _Scores(_Figures):
         return {len(self.nll_sum), len(self.num_tokens), len(self.greedy_match)}
 
 
-class _Texts(_Figures):
+class _Generated(_Figures):
     texts: list[str]
+    hit_limit: list[bool]
 
     def lengths(self) -> set[int]:
-        return {len(self.texts)}
+        return {len(self.texts), len(self.hit_limit)}
 
 
 _Kind = TypeVar("_Kind", bound=_Figures)
@@ -83,22 +85,22 @@ class BaseCache:
         )
         return scores
 
-    def texts(
+    def generated(
         self,
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
         eos_ids: Sequence[int],
-        compute: Callable[[], list[str]],
-    ) -> list[str]:
+        compute: Callable[[], Generated],
+    ) -> Generated:
         """Greedy generations for `prompts`, from the file or from `compute`."""
         settings = [str(max_new_tokens), str(list(eos_ids))]
-        path = self._path("texts", settings, [(tuple(p), len(p)) for p in prompts])
-        found = _load(path, _Texts, len(prompts))
+        path = self._path("generated", settings, [(tuple(p), len(p)) for p in prompts])
+        found = _load(path, _Generated, len(prompts))
         if found is not None:
-            return found.texts
-        texts = compute()
-        _store(path, lambda: _Texts(texts=texts))
-        return texts
+            return Generated(found.texts, found.hit_limit)
+        generated = compute()
+        _store(path, lambda: _Generated(texts=generated.texts, hit_limit=generated.hit_limit))
+        return generated
 
     def _path(
         self, kind: str, settings: Sequence[str], rows: Sequence[tuple[tuple[int, ...], int]]

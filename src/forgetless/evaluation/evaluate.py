@@ -24,7 +24,8 @@ from forgetless.errors import AdapterError, ForgetlessWarning, ModelError, Recip
 from forgetless.evaluation.base_cache import BaseCache
 from forgetless.evaluation.items import EvaluationItem
 from forgetless.evaluation.likelihood import input_device
-from forgetless.evaluation.measure import LoadedItem, Progress, check_item, measure_item
+from forgetless.evaluation.loaded import LoadedItem, Progress, check_item
+from forgetless.evaluation.measure import measure_item
 from forgetless.evaluation.movement import measure_movement
 from forgetless.evaluation.parse import ItemInput, parse_items
 from forgetless.evaluation.results import EvaluationReport, Movement, Side

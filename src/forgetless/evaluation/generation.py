@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,19 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from forgetless.data.tokens import pad_token_id
 from forgetless.evaluation.likelihood import input_device
 from forgetless.models.targets import base_of
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a model generated for each prompt, in the order of the prompts.
+
+    Attributes:
+        texts: The text, without special tokens.
+        hit_limit: Whether it ran into `max_new_tokens` without an end token.
+    """
+
+    texts: list[str]
+    hit_limit: list[bool]
 
 
 @torch.no_grad()
@@ -25,7 +39,7 @@ def generate_greedy(
     max_new_tokens: int = 32,
     batch_size: int = 16,
     progress: Callable[[int], None] | None = None,
-) -> list[str]:
+) -> Generated:
     """Continue each prompt with the most likely tokens, up to an end-of-text token.
 
     Prompts of like length go together, padded on the left. The tokenizer is never changed, and the
@@ -40,12 +54,12 @@ def generate_greedy(
         progress: Called with the number of prompts of each finished batch.
 
     Returns:
-        The generated text of each prompt, without special tokens, in the order of the prompts.
+        The generated texts, and which of them were cut off by the limit.
     """
     causal = base_of(model)
     eos_ids = end_token_ids(causal, tokenizer)
     pad_id, device = pad_token_id(tokenizer), input_device(causal)
-    texts = [""] * len(prompts)
+    texts, hit_limit = [""] * len(prompts), [False] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     for start in range(0, len(order), batch_size):
         index = order[start : start + batch_size]
@@ -60,9 +74,10 @@ def generate_greedy(
         for i, new_ids in zip(index, output_BG.tolist(), strict=True):
             kept = _until_end(new_ids, eos_ids)
             texts[i] = tokenizer.decode(kept, skip_special_tokens=True)
+            hit_limit[i] = len(kept) == max_new_tokens
         if progress is not None:
             progress(len(index))
-    return texts
+    return Generated(texts, hit_limit)
 
 
 @contextmanager

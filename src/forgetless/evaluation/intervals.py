@@ -32,7 +32,7 @@ def share_level(values: NDArray[np.float64]) -> Estimate:
     """Mean of scores between 0 and 1: Wilson's interval where all are 0 or 1, else bootstrap."""
     rows = len(values)
     if rows == 1 or not is_binary(values):
-        return bootstrap_mean(values)
+        return bootstrap_mean(values, bounds=(0.0, 1.0))
     low, high = wilson(int(values.sum()), rows)
     return Estimate(mean=float(values.mean()), low=low, high=high, n=rows)
 
@@ -46,12 +46,12 @@ def share_change(before: NDArray[np.float64], after: NDArray[np.float64]) -> Est
     difference = after - before
     rows = len(difference)
     if rows == 1:
-        return bootstrap_mean(difference)
+        return bootstrap_mean(difference, bounds=(-1.0, 1.0))
     gained, lost = int((difference > 0).sum()), int((difference < 0).sum())
     low, high = paired_change(gained, lost, rows)
     if is_binary(before) and is_binary(after):
         return Estimate(mean=(gained - lost) / rows, low=low, high=high, n=rows)
-    estimate = bootstrap_mean(difference)
+    estimate = bootstrap_mean(difference, bounds=(-1.0, 1.0))
     if gained + lost >= _FEWEST_DISCORDANT:
         return estimate
     return estimate.model_copy(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from forgetless.data.spec import DataSpec
 
@@ -15,9 +15,9 @@ Metric = Literal[
     "exact_match",  # generated text equals an accepted answer after normalisation (SQuAD rules)
     "f1",  # token overlap with the best accepted answer
     "last_number",  # last number of the generated text equals that of the reference
-    "choice",  # first choice letter or word of the generated text equals the reference
+    "choice",  # the choice letter or word that the generated text settles on is the reference
     "contains",  # an accepted answer stands in the generated text, normalised, as whole words
-    "refusal",  # the generated text refuses, by the usual phrases
+    "refusal",  # the generated text opens with a refusal, by the usual phrases
     "instruction",  # the generated text keeps the checkable constraints of its prompt
 ]
 GENERATED: frozenset[str] = frozenset(
@@ -33,12 +33,18 @@ class EvaluationItem(DataSpec):
         metrics: Which metrics; `nll` alone by default, `nll` and `kl` for retention in a recipe.
         max_new_tokens: Generation limit of the metrics that generate.
         batch_size: Rows a forward pass.
+        labels: Every answer that may be given, for `contains`: a text that names a wrong one
+            beside the right one counts as wrong.
+        refusal_expected: Whether the prompts ought to be refused. False for harmless ones: fewer
+            refusals are then better.
     """
 
     name: str
     metrics: tuple[Metric, ...] = ("nll",)
     max_new_tokens: int = Field(default=32, ge=1)
     batch_size: int = Field(default=16, ge=1)
+    labels: tuple[str, ...] = ()
+    refusal_expected: bool = True
 
     @field_validator("metrics")
     @classmethod
@@ -46,6 +52,14 @@ class EvaluationItem(DataSpec):
         if not metrics:
             raise ValueError("expected at least one metric")
         return tuple(dict.fromkeys(metrics))
+
+    @model_validator(mode="after")
+    def _options_have_their_metric(self) -> EvaluationItem:
+        if self.labels and "contains" not in self.metrics:
+            raise ValueError("labels goes with the metric contains: add it to metrics")
+        if not self.refusal_expected and "refusal" not in self.metrics:
+            raise ValueError("refusal_expected goes with the metric refusal: add it to metrics")
+        return self
 
 
 def teacher_forced(item: EvaluationItem) -> EvaluationItem:

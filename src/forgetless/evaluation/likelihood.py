@@ -123,9 +123,13 @@ def compare_rows(
 
 
 def kl_divergence(base_log_CV: Tensor, tuned_log_CV: Tensor) -> Tensor:
-    """Σ_v p_base (log p_base − log p_tuned) of each position; exactly 0 where both are equal."""
+    """Σ_v p_base (log p_base − log p_tuned) of each position; exactly 0 where both are equal.
+
+    A token that the base rules out (a logit of −inf) adds nothing: p log p tends to 0.
+    """
     tuned_log_CV = tuned_log_CV.to(base_log_CV.device)
-    return (base_log_CV.exp() * (base_log_CV - tuned_log_CV)).sum(-1)
+    base_CV = base_log_CV.exp()
+    return (base_CV * (base_log_CV - tuned_log_CV)).masked_fill(base_CV == 0, 0.0).sum(-1)
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

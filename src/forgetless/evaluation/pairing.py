@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,8 @@ from forgetless.evaluation.bootstrap import bootstrap_mean
 from forgetless.evaluation.intervals import share_change, share_level
 from forgetless.evaluation.results import Estimate, MetricResult, RowValues
 
-_LOWER_IS_BETTER = frozenset({"nll", "kl"})
+_PER_TOKEN = frozenset({"nll", "kl"})
+_NOT_NEGATIVE = (0.0, math.inf)
 
 
 @dataclass(frozen=True)
@@ -27,16 +29,34 @@ def paired(
     base: NDArray[np.float64],
     tuned: NDArray[np.float64],
     weights: NDArray[np.float64] | None = None,
+    *,
+    wanted: bool = True,
 ) -> Measured:
-    """One metric of base and tuned model; `weights` are scored tokens, for means per token."""
-    shares = metric not in _LOWER_IS_BETTER
-    result = MetricResult(
-        metric=metric,
-        base=share_level(base) if shares else bootstrap_mean(base, weights),
-        tuned=share_level(tuned) if shares else bootstrap_mean(tuned, weights),
-        change=share_change(base, tuned) if shares else bootstrap_mean(tuned - base, weights),
-        higher_is_better=shares,
-    )
+    """One metric of base and tuned model.
+
+    Args:
+        metric: Its name.
+        base: The base's figure of each row.
+        tuned: The tuned model's.
+        weights: Scored tokens of each row, for means per token.
+        wanted: Whether more is better, for a share. More NLL never is.
+    """
+    if metric in _PER_TOKEN:
+        result = MetricResult(
+            metric=metric,
+            base=bootstrap_mean(base, weights, bounds=_NOT_NEGATIVE),
+            tuned=bootstrap_mean(tuned, weights, bounds=_NOT_NEGATIVE),
+            change=bootstrap_mean(tuned - base, weights),
+            higher_is_better=False,
+        )
+    else:
+        result = MetricResult(
+            metric=metric,
+            base=share_level(base),
+            tuned=share_level(tuned),
+            change=share_change(base, tuned),
+            higher_is_better=wanted,
+        )
     by_row = RowValues(
         base=_kept(base), tuned=_kept(tuned), weights=() if weights is None else _kept(weights)
     )
@@ -56,7 +76,7 @@ def divergence(
     result = MetricResult(
         metric="kl",
         base=None,
-        tuned=bootstrap_mean(kl, tokens),
+        tuned=bootstrap_mean(kl, tokens, bounds=_NOT_NEGATIVE),
         change=None,
         higher_is_better=False,
     )
@@ -72,6 +92,6 @@ def difference(metric: str, ours: RowValues, theirs: RowValues) -> Estimate | No
     if len(ours.tuned) != len(theirs.tuned) or ours.weights != theirs.weights or not ours.tuned:
         return None
     a, b = np.array(ours.tuned), np.array(theirs.tuned)
-    if metric in _LOWER_IS_BETTER:
+    if metric in _PER_TOKEN:
         return bootstrap_mean(a - b, np.array(ours.weights) if ours.weights else None)
     return share_change(b, a)

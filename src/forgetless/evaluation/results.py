@@ -18,8 +18,9 @@ class _Value(BaseModel):
 class Estimate(_Value):
     """A mean over rows with its 95 % interval; `low` = `high` = `mean` where `n` is 1.
 
-    Bootstrap over rows for NLL, KL and F1; Wilson's interval for shares of rows, and for their
-    paired changes one that is significant only where the exact test of McNemar is.
+    For NLL, KL and F1 the wider of bootstrap-t and Student's, which covers 0 where `n` is below 6;
+    Wilson's interval for shares of rows, and for their paired changes one that is significant only
+    where the exact test of McNemar is.
     """
 
     mean: float
@@ -70,8 +71,18 @@ class Sample(_Value):
     tuned_right: bool | None = None
 
 
+class HitLimit(_Value):
+    """How many generated answers the limit cut off: `max_new_tokens`, and no end of the answer."""
+
+    base: int
+    tuned: int
+
+
 class ItemResult(_Value):
-    """All metrics of one evaluation item; `row_values` is empty in older records."""
+    """All metrics of one evaluation item.
+
+    In older records `row_values` is empty and `hit_limit` None, as where no metric generates.
+    """
 
     name: str
     side: Side
@@ -80,6 +91,7 @@ class ItemResult(_Value):
     metrics: dict[str, MetricResult]
     samples: tuple[Sample, ...] = ()
     row_values: dict[str, RowValues] = {}
+    hit_limit: HitLimit | None = None
 
 
 class LayerMovement(_Value):

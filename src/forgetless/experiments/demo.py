@@ -103,6 +103,8 @@ def _recipe(
     folder: Path, files: dict[str, Path], method: str, rate: float | None, quick: bool
 ) -> Recipe:
     """Write one run's recipe into the folder, and read it back as a user's would be."""
+    from forgetless.data.demo import RELATIONS
+
     name = method if rate is None else f"{method}-{rate:g}"
     own_rows = 24 if quick else 32  # sampling goes in batches of 32
     own_length = 48 if quick else 64
@@ -130,7 +132,9 @@ def _recipe(
                     "name": "family relationships",
                     "path": str(files["gain_test"]),
                     "metrics": ["nll", "contains"],
-                    "max_new_tokens": 10,
+                    "labels": list(RELATIONS),
+                    # The base answers in sentences; within 10 tokens half of them have no end.
+                    "max_new_tokens": 32,
                     "batch_size": 50,
                 }
             ],

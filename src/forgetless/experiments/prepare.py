@@ -15,7 +15,7 @@ from forgetless.data.spec import DataSpec
 from forgetless.data.tokens import TokenRow, count_truncated, tokenize
 from forgetless.errors import DataError
 from forgetless.evaluation.items import EvaluationItem
-from forgetless.evaluation.measure import LoadedItem, check_item
+from forgetless.evaluation.loaded import LoadedItem, check_item
 from forgetless.experiments.record import DataFacts
 from forgetless.methods.base import Method
 from forgetless.models.load import LoadedModel
