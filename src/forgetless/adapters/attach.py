@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from forgetless.adapters.arguments import check_arguments
 from forgetless.adapters.forms import FORMS, adapted_layers
+from forgetless.adapters.in_place import take_over
 from forgetless.adapters.variant import LIVE_BOTH
 from forgetless.calibration.calibrate import calibrate, check_token_count
 from forgetless.calibration.engine import SiteMoments
@@ -145,6 +146,7 @@ def attach_rows(
     *,
     method: Method,
     row_sets: Mapping[Role, Sequence[RowSet]],
+    collected: Mapping[Role, SiteMoments] | None = None,
     targets: Sequence[str] | None = None,
     batch_size: int = 8,
     min_tokens: int | None = None,
@@ -155,6 +157,8 @@ def attach_rows(
 ) -> Attached:
     """`attach` on rows that are loaded already; tells what it found.
 
+    `collected` holds moments of roles that have no row sets. An adapter of the name given that the
+    model holds already is started anew in place, where it is an ordinary LoRA without an update.
     `progress` is called with the role, the rows done, and all rows.
     """
     base = base_of(model)
@@ -162,8 +166,8 @@ def attach_rows(
     for target in selection.targets.values():
         method.check_layer(target.name, target.in_features, target.out_features)
     refuse_overlap({role: row_sets.get(role, ()) for role in sorted(method.needs)})
-    moments: dict[Role, SiteMoments] = {}
-    for role in sorted(method.needs):
+    moments = {role: found for role, found in (collected or {}).items() if role in method.needs}
+    for role in sorted(method.needs - moments.keys()):
         if not row_sets.get(role):
             raise MethodError(f"method {method.name} needs {role} data, got none: give {role}_data")
         moments[role] = calibrate(
@@ -178,7 +182,10 @@ def attach_rows(
     if method.uses_bottom_directions:
         for role in sorted(method.needs):
             check_token_count(moments[role], role, min_tokens)
-    peft_model = _add_adapter(model, base, method, selection.targets, adapter)
+    if isinstance(model, PeftModel) and adapter in model.peft_config:
+        peft_model = take_over(model, method, adapter)
+    else:
+        peft_model = _add_adapter(model, base, method, selection.targets, adapter)
     starts = _start_layers(peft_model, method, selection.targets, moments, adapter, seed)
     return Attached(peft_model, method, starts, selection.skipped, moments)
 
