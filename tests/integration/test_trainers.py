@@ -380,17 +380,23 @@ def test_early_stopping_loads_the_best_checkpoint(
     assert_exports(model, make_tiny_model(), tmp_path / "exported")
 
 
+@pytest.mark.parametrize("method", [PLAIN, {"name": "lora"}, {"name": "sc-lora", "trains": "a"}])
 def test_dpo_copies_an_attached_adapter_as_its_reference_which_is_the_base(
-    make_tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path
+    make_tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path, method: dict[str, Any]
 ) -> None:
     expected = logits(make_tiny_model())
-    model = attached(make_tiny_model(), tiny_tokenizer, PLAIN)
+    model = attached(make_tiny_model(), tiny_tokenizer, method)
     trainer = dpo(model, tiny_tokenizer, tmp_path)
     trainer.train()
     assert not torch.equal(logits(model), expected)
     model.set_adapter("ref")
     assert torch.equal(logits(model), expected)
-    with pytest.raises(ValueError, match="forgetless-both"):  # no copy of it: use `initialize`
+
+
+def test_dpo_refuses_to_copy_an_attached_adapter_of_the_form_both(
+    make_tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="forgetless-both"):
         dpo(attached(make_tiny_model(), tiny_tokenizer, BOTH), tiny_tokenizer, tmp_path)
 
 
