@@ -224,9 +224,9 @@ def test_initialize_and_attach_start_alike_on_the_same_data(
 def test_initialize_draws_nothing_from_the_random_state(
     make_tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
-    trainer = sft(make_tiny_model(), tiny_tokenizer, tmp_path, peft_config=lora())
+    trainer = sft(make_tiny_model(), tiny_tokenizer, tmp_path)
     before = torch.random.get_rng_state()
-    initialized(trainer, PLAIN)
+    initialized(trainer, BOTH, rank=4)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -267,8 +267,6 @@ def test_how_a_trainer_computes_changes_nothing_of_what_is_learned(
         model: nn.Module = make_tiny_model(num_hidden_layers=1)
         if how == "attach":
             model = attached(model, tiny_tokenizer, BOTH)
-            if kind == "plain" and options.get("gradient_checkpointing"):
-                model.enable_input_require_grads()  # as PEFT asks for with every plain Trainer
         config = lora() if how == "initialize" else None
         trainer = TRAINERS[kind](model, tiny_tokenizer, tmp_path, peft_config=config, **options)
         if how != "attach":
@@ -428,8 +426,13 @@ def test_an_adapter_that_cannot_be_started_anew_is_refused(
     message: str,
 ) -> None:
     trainer = plain(make_tiny_model(), tiny_tokenizer, tmp_path, peft_config=lora(**config))
+    before = adapter_state(trainer.model)
     with pytest.raises(forgetless.ForgetlessError, match=message):
         initialized(trainer, method)
+    after = adapter_state(trainer.model)
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    asked = config.get("init_lora_weights", True)
+    assert trainer.model.peft_config["default"].init_lora_weights == asked
 
 
 def test_a_trainer_that_would_not_train_the_start_is_refused(

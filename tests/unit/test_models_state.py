@@ -105,8 +105,13 @@ def test_random_states_are_as_before_after_an_error_too() -> None:
     random.seed(1)
     np.random.seed(1)  # noqa: NPY002
     torch.manual_seed(1)
-    with pytest.raises(RuntimeError), random_state_kept():
-        torch.manual_seed(5)
-        draws()
-        raise RuntimeError
+
+    def fail() -> None:
+        with random_state_kept():
+            torch.manual_seed(5)
+            draws()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert draws() == expected

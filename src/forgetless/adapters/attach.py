@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from forgetless.adapters.arguments import check_arguments
 from forgetless.adapters.forms import FORMS, adapted_layers
-from forgetless.adapters.in_place import take_over
+from forgetless.adapters.in_place import check_startable
 from forgetless.adapters.variant import LIVE_BOTH
 from forgetless.calibration.calibrate import calibrate, check_token_count
 from forgetless.calibration.engine import SiteMoments
@@ -162,6 +162,8 @@ def attach_rows(
     `progress` is called with the role, the rows done, and all rows.
     """
     base = base_of(model)
+    if isinstance(model, PeftModel) and adapter in model.peft_config:
+        check_startable(model, method, adapter)
     selection = find_targets(model, targets)
     for target in selection.targets.values():
         method.check_layer(target.name, target.in_features, target.out_features)
@@ -183,9 +185,12 @@ def attach_rows(
         for role in sorted(method.needs):
             check_token_count(moments[role], role, min_tokens)
     if isinstance(model, PeftModel) and adapter in model.peft_config:
-        peft_model = take_over(model, method, adapter)
+        peft_model = model
     else:
         peft_model = _add_adapter(model, base, method, selection.targets, adapter)
+    # A folder saved while training holds deviations that PEFT alone would read as an adapter.
+    init = LIVE_BOTH if method.form == "both" else True
+    peft_model.peft_config[adapter].init_lora_weights = init
     starts = _start_layers(peft_model, method, selection.targets, moments, adapter, seed)
     return Attached(peft_model, method, starts, selection.skipped, moments)
 
@@ -231,9 +236,6 @@ def _add_adapter(
     for module in peft_model.modules():
         if module not in existing:  # PEFT makes them in training mode, whatever the base is in
             module.training = training
-    if method.form == "both":
-        # A folder saved while training holds deviations that PEFT alone would read as an adapter.
-        peft_model.peft_config[adapter].init_lora_weights = LIVE_BOTH
     return peft_model
 
 

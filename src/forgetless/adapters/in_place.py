@@ -9,22 +9,23 @@ from peft import PeftModel
 
 from forgetless.adapters.forms import adapted_layers, form_of
 from forgetless.adapters.plain_lora import KEEPS_BASE, refuse_what_plain_lora_cannot_hold
-from forgetless.adapters.variant import LIVE_BOTH
+from forgetless.adapters.variant import BothVariant
 from forgetless.errors import AdapterError
 from forgetless.methods.base import Method
 
 
-def take_over(model: PeftModel, method: Method, adapter: str) -> PeftModel:
-    """Prepare an ordinary LoRA without an update for the start of a method.
+def check_startable(model: PeftModel, method: Method, adapter: str) -> None:
+    """Refuse an adapter that is no ordinary LoRA without an update, or that the method cannot use.
 
     Args:
-        model: Holds the adapter; it is the one returned.
+        model: Holds the adapter.
         method: Its rank, and its alpha where one is given, must be the adapter's.
         adapter: Name of the adapter.
 
     Raises:
         AdapterError: A start that has changed the base, anything besides B A on linear layers, an
-            update already, or another rank or scale than the method's.
+            update already, another rank or scale than the method's, or a layer that cannot hold
+            the method's form.
     """
     where = f"adapter {adapter!r}"
     config = model.peft_config[adapter]
@@ -47,9 +48,8 @@ def take_over(model: PeftModel, method: Method, adapter: str) -> PeftModel:
                 "which a new start would discard; merge it into the base, or add another adapter"
             )
         _refuse_other_shape(where, name, method, layer.r[adapter], layer.scaling[adapter])
-    # A folder saved while training holds deviations that PEFT alone would read as an adapter.
-    config.init_lora_weights = LIVE_BOTH if method.form == "both" else True
-    return model
+        if method.form == "both":
+            BothVariant.refuse_layer(layer, adapter)
 
 
 def _refuse_other_shape(where: str, layer: str, method: Method, rank: int, scale: float) -> None:

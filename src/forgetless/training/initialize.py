@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer
 from forgetless.adapters.arguments import check_arguments
 from forgetless.adapters.attach import attach_rows
 from forgetless.adapters.forms import adapted_layers, align_adapter_dtype
+from forgetless.adapters.in_place import check_startable
 from forgetless.calibration.engine import SiteMoments, collect_moments
 from forgetless.data.loading import load_rows
 from forgetless.data.overlap import refuse_overlap
@@ -95,6 +96,8 @@ def initialize(
         targets = _layers_of(trainer.model, existing, targets)
         rank = _rank_of(trainer.model, existing, method, rank)
     made = make_method(method, rank)
+    if existing is not None:
+        check_startable(trainer.model, made, existing)
     with random_state_kept():
         row_sets, collected = _load(
             trainer,
@@ -123,7 +126,7 @@ def initialize(
         ).model
     # TRL casts the trainable tensors of quantised models, and only those.
     align_adapter_dtype(model, adapter)
-    _hand_over(trainer, model)
+    trainer.model = trainer.model_wrapped = trainer.callback_handler.model = model
     return model
 
 
@@ -238,11 +241,3 @@ def _as_text(rows: Sequence[TrainedRow], tokenizer: PreTrainedTokenizerBase) -> 
         *tokenizer.batch_decode(ids, skip_special_tokens=False),
     ]
     return RowSet(DataSpec(examples=texts), tuple(Row("", text) for text in texts))
-
-
-def _hand_over(trainer: Trainer, model: PeftModel) -> None:
-    """Make the trainer train this model, as if it had been built with it."""
-    trainer.model = trainer.model_wrapped = trainer.callback_handler.model = model
-    if trainer.args.activation_checkpointing:
-        # Checkpointed layers of a frozen base pass gradients only where their input asks for one.
-        model.enable_input_require_grads()
