@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from forgetless.experiments.run import run
     from forgetless.models.load import load_model
     from forgetless.recipe import Recipe, load_recipe
+    from forgetless.training.initialize import initialize
+    from forgetless.training.monitor import MonitorRetention
 
 __version__ = "0.1.0"
 
@@ -31,9 +33,11 @@ _HOME = {
     "attach": "forgetless.adapters.attach",
     "evaluate": "forgetless.evaluation.evaluate",
     "export": "forgetless.adapters.export",
+    "initialize": "forgetless.training.initialize",
     "load_adapter": "forgetless.adapters.load",
     "load_model": "forgetless.models.load",
     "load_recipe": "forgetless.recipe",
+    "MonitorRetention": "forgetless.training.monitor",
     "Recipe": "forgetless.recipe",
     "run": "forgetless.experiments.run",
     "save_merged": "forgetless.adapters.export",
@@ -43,10 +47,12 @@ _HOME = {
 __all__ = [
     "ForgetlessError",
     "ForgetlessWarning",
+    "MonitorRetention",
     "Recipe",
     "attach",
     "evaluate",
     "export",
+    "initialize",
     "load_adapter",
     "load_model",
     "load_recipe",

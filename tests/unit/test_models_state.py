@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -10,7 +13,7 @@ from transformers import PreTrainedModel
 from forgetless.adapters.attach import attach
 from forgetless.calibration.hooks import base_forward
 from forgetless.data.self_sampling import sample_self
-from forgetless.models.state import left_as_found
+from forgetless.models.state import left_as_found, random_state_kept
 from forgetless.training import restore
 
 CONFIG = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
@@ -89,3 +92,26 @@ def test_attach_gives_its_layers_the_mode_of_the_model(
     with torch.no_grad():
         same = torch.equal(second(input_ids=ids).logits, second(input_ids=ids).logits)
     assert same is not training
+
+
+def test_random_states_are_as_before_after_an_error_too() -> None:
+    def draws() -> tuple[float, float, float]:
+        return random.random(), float(np.random.random()), float(torch.rand(()))  # noqa: NPY002
+
+    random.seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    torch.manual_seed(1)
+    expected = draws()
+    random.seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    torch.manual_seed(1)
+
+    def fail() -> None:
+        with random_state_kept():
+            torch.manual_seed(5)
+            draws()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert draws() == expected

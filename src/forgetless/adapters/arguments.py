@@ -25,8 +25,11 @@ def check_arguments(
     cache: Path | None,
     adapter: object,
     seed: object,
+    in_place: bool = False,
 ) -> None:
     """Refuse what would fail later, deep in torch or PEFT.
+
+    `in_place` says that the model holds the adapter already, and is meant to.
 
     Raises:
         AdapterError: Names the argument.
@@ -46,7 +49,7 @@ def check_arguments(
         _check_whole("min_tokens", min_tokens, 1, "or leave it out for the widest layer's width")
     _check_whole("seed", seed, 0, "take 0 if in doubt")
     _check_adapter_name(adapter)
-    if isinstance(model, PeftModel) and adapter in model.peft_config:
+    if not in_place and isinstance(model, PeftModel) and adapter in model.peft_config:
         raise AdapterError(f"adapter {adapter!r}: already there; give adapter= another name")
     refuse_touched_base(model)
     if cache is not None and cache.exists() and not cache.is_dir():

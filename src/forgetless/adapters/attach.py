@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from forgetless.adapters.arguments import check_arguments
 from forgetless.adapters.forms import FORMS, adapted_layers
+from forgetless.adapters.in_place import check_startable
 from forgetless.adapters.variant import LIVE_BOTH
 from forgetless.calibration.calibrate import calibrate, check_token_count
 from forgetless.calibration.engine import SiteMoments
@@ -152,6 +153,7 @@ def attach_rows(
     *,
     method: Method,
     row_sets: Mapping[Role, Sequence[RowSet]],
+    collected: Mapping[Role, SiteMoments] | None = None,
     targets: Sequence[str] | None = None,
     batch_size: int = 8,
     min_tokens: int | None = None,
@@ -162,16 +164,20 @@ def attach_rows(
 ) -> Attached:
     """`attach` on rows that are loaded already; tells what it found.
 
+    `collected` holds moments of roles that have no row sets. An adapter of the name given that the
+    model holds already is started anew in place, where it is an ordinary LoRA without an update.
     `progress` is called with the role, the rows done, and all rows.
     """
     refuse_touched_base(model)
     base = base_of(model)
+    if isinstance(model, PeftModel) and adapter in model.peft_config:
+        check_startable(model, method, adapter)
     selection = find_targets(model, targets)
     for target in selection.targets.values():
         method.check_layer(target.name, target.in_features, target.out_features)
     refuse_overlap({role: row_sets.get(role, ()) for role in sorted(method.needs)})
-    moments: dict[Role, SiteMoments] = {}
-    for role in sorted(method.needs):
+    moments = {role: found for role, found in (collected or {}).items() if role in method.needs}
+    for role in sorted(method.needs - moments.keys()):
         if not row_sets.get(role):
             raise MethodError(f"method {method.name} needs {role} data, got none: give {role}_data")
         moments[role] = calibrate(
@@ -186,7 +192,13 @@ def attach_rows(
     for role in sorted(method.needs & (method.bottom_roles | {"preserve"})):
         required = role in method.bottom_roles
         check_token_count(moments[role], role, min_tokens, required=required)
-    peft_model = _add_adapter(model, base, method, selection.targets, adapter)
+    if isinstance(model, PeftModel) and adapter in model.peft_config:
+        peft_model = model
+    else:
+        peft_model = _add_adapter(model, base, method, selection.targets, adapter)
+    # A folder saved while training holds deviations that PEFT alone would read as an adapter.
+    init = LIVE_BOTH if method.form == "both" else True
+    peft_model.peft_config[adapter].init_lora_weights = init
     starts = _start_layers(peft_model, method, selection.targets, moments, adapter, seed)
     origin = _origin(method, row_sets, selection.targets, seed)
     return Attached(peft_model, method, starts, selection.skipped, moments, origin)
@@ -199,7 +211,8 @@ def _origin(
     seed: int,
 ) -> str:
     """16 hex digits; not of the solved tensors, whose last bits depend on the number of threads."""
-    data = {role: [rows.fingerprint for rows in row_sets[role]] for role in sorted(method.needs)}
+    roles = sorted(method.needs & row_sets.keys())
+    data = {role: [rows.fingerprint for rows in row_sets[role]] for role in roles}
     described = [method.name, asdict(method), data, sorted(targets), seed]
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
 
@@ -252,9 +265,6 @@ def _add_adapter(
     for module in peft_model.modules():
         if module not in existing:  # PEFT makes them in training mode, whatever the base is in
             module.training = training
-    if method.form == "both":
-        # A folder saved while training holds deviations that PEFT alone would read as an adapter.
-        peft_model.peft_config[adapter].init_lora_weights = LIVE_BOTH
     return peft_model
 
 

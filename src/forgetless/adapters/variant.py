@@ -41,15 +41,9 @@ class BothVariant(LoraVariant):
         """Give a layer the fixed modules and this variant; only layers that call variants qualify.
 
         Raises:
-            AdapterError: Dropout, LoRA bias, or a layer kind whose forward ignores variants.
+            AdapterError: As `refuse_layer`.
         """
-        if not isinstance(layer.lora_dropout[adapter], nn.Identity):
-            raise AdapterError("trains: both: expected LoRA dropout 0; use trains: a or trains: b")
-        if not _calls_variants(layer):
-            raise AdapterError(
-                f"trains: both: {type(layer).__module__}.{type(layer).__name__} never calls a "
-                "variant and would train nothing; use trains: a or trains: b"
-            )
+        cls.refuse_layer(layer, adapter)
         if FIXED_A not in layer.adapter_layer_names:
             setattr(layer, FIXED_A, nn.ModuleDict())
             setattr(layer, FIXED_B, nn.ModuleDict())
@@ -66,6 +60,21 @@ class BothVariant(LoraVariant):
             made.register_forward_pre_hook(in_dtype_of_weight)
             getattr(layer, fixed)[adapter] = made
         layer.lora_variant[adapter] = cls()
+
+    @staticmethod
+    def refuse_layer(layer: LoraLayer, adapter: str) -> None:
+        """Refuse a layer that cannot hold this form.
+
+        Raises:
+            AdapterError: Dropout, or a layer kind whose forward ignores variants.
+        """
+        if not isinstance(layer.lora_dropout[adapter], nn.Identity):
+            raise AdapterError("trains: both: expected LoRA dropout 0; use trains: a or trains: b")
+        if not _calls_variants(layer):
+            raise AdapterError(
+                f"trains: both: {type(layer).__module__}.{type(layer).__name__} never calls a "
+                "variant and would train nothing; use trains: a or trains: b"
+            )
 
     def supports_lora_conversion(self) -> bool:
         """PEFT's conversion reads `lora_A` and `lora_B` only: use `forgetless export`."""

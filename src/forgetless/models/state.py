@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
+import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -31,6 +34,28 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
             module.training = training
         for parameter, requires_grad in flags:
             parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Restore the random states of Python, NumPy and torch (CPU and GPUs) on exit."""
+    # The legacy state of NumPy is the one that the libraries' samplers draw from.
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+
+
+def trainable_copy(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of what trains, by name, off the accelerator."""
+    return {
+        name: parameter.detach().to("cpu", copy=True)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
 
 
 def _activate(model: PeftModel, adapters: list[str], named: str | None) -> None:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from forgetless.adapters.forms import adapted_layers, form_of
+from forgetless.errors import TrainingError
 from forgetless.models.load import model_fingerprint
 from forgetless.training.options import TrainingOptions
 
@@ -82,6 +83,21 @@ def identity_of(
         options={**options.identity(), "bf16": options.uses_bf16(device), "seed": seed},
         device=device.type,
     )
+
+
+def active_adapter(model: PeftModel) -> str:
+    """Name of the one adapter that is on.
+
+    Raises:
+        TrainingError: Several, or none.
+    """
+    adapters = list(model.active_adapters)
+    if len(adapters) != 1:
+        raise TrainingError(
+            f"training: expected one active adapter, got {', '.join(adapters) or 'none'}; call "
+            "model.set_adapter(name)"
+        )
+    return str(adapters[0])
 
 
 def adapter_tensors(model: PeftModel, adapter: str) -> dict[str, Tensor]:

@@ -24,10 +24,10 @@ from forgetless.adapters.forms import adapted_layers, align_adapter_dtype
 from forgetless.data.tokens import TokenRow, fingerprint_token_rows, pad_token_id
 from forgetless.errors import ForgetlessWarning, TrainingError
 from forgetless.evaluation.likelihood import score_rows
-from forgetless.models.state import left_as_found
+from forgetless.models.state import left_as_found, trainable_copy
 from forgetless.training.callbacks import CheckGradients, MarkCheckpoints
 from forgetless.training.checkpoint import load_finished, resume_point
-from forgetless.training.identity import identity_of
+from forgetless.training.identity import active_adapter, identity_of
 from forgetless.training.loss import IGNORED
 from forgetless.training.options import TrainingOptions
 from forgetless.training.quiet import libraries_quiet
@@ -71,14 +71,14 @@ def train(
     Warns:
         ForgetlessWarning: The adapter did not move.
     """
-    adapter = _active_adapter(model)
+    adapter = active_adapter(model)
     refuse_data_parallel()
     rows = learnable(train_rows)
     if validation_rows:
         learnable(validation_rows, "validation data")
     data = fingerprint_token_rows(rows)
     identity = identity_of(model, adapter, data=data, options=options, seed=seed, start=start)
-    before = _trainable(model)
+    before = trainable_copy(model)
     point = resume_point(output, identity)
     resumed_from = () if point is None else point[1].resumed_from
     if point is not None and point[1].step >= options.num_steps(len(rows)):
@@ -169,16 +169,6 @@ def refuse_data_parallel() -> None:
         )
 
 
-def _active_adapter(model: PeftModel) -> str:
-    adapters = list(model.active_adapters)
-    if len(adapters) != 1:
-        raise TrainingError(
-            f"training: expected one active adapter, got {', '.join(adapters) or 'none'}; call "
-            "model.set_adapter(name)"
-        )
-    return str(adapters[0])
-
-
 def _dataset(rows: Sequence[TokenRow]) -> Dataset:
     """Columns that TRL takes as they stand: no templating, no truncation, no EOS of its own."""
     # The first token has nothing before it, and would count as one of the tokens to average over.
@@ -245,15 +235,6 @@ def _curve(state: TrainerState) -> list[LogPoint]:
         for entry in state.log_history
         if "loss" in entry
     ]
-
-
-def _trainable(model: PeftModel) -> dict[str, Tensor]:
-    """Copies of what trains, off the accelerator."""
-    return {
-        name: parameter.detach().to("cpu", copy=True)
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
 
 
 def _warn_if_unmoved(model: PeftModel, start: Mapping[str, Tensor], steps: int) -> None:
