@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 
 import forgetless
-from forgetless.errors import ForgetlessError
+from forgetless.errors import AdapterError, ForgetlessError
 
 if TYPE_CHECKING:
     from forgetless.experiments.record import Record
@@ -208,22 +208,57 @@ def export_adapter(
     model: Annotated[
         str | None, typer.Option(help="Base model; the adapter's own by default.")
     ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="peft (the default), vllm, sglang or tgi: an adapter that keeps the engine's "
+            "rules; merged: a whole model."
+        ),
+    ] = None,
     scale: Annotated[float, typer.Option(help="Factor on the update.")] = 1.0,
-    merge: Annotated[bool, typer.Option("--merge", help="Write a merged model instead.")] = False,
+    max_rank: Annotated[
+        int | None, typer.Option(help="Cut the rank to this, and say what that loses.")
+    ] = None,
+    moments_data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH|self",
+            help="Data like those that the adapter is used on: the cut loses least there.",
+        ),
+    ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="The same as --target merged.")] = False,
 ) -> None:
-    """Write a plain LoRA adapter that loads with peft alone, and check it by loading it again."""
+    """Write an adapter that PEFT and an engine take, or a merged model, and check it by reloading.
+
+    Everything but `merged` is a plain LoRA of one rank that loads with peft alone.
+    """
     from forgetless.console import TerminalProgress
     from forgetless.experiments.exporting import export_folder
 
+    if merge and target not in (None, "merged"):
+        raise AdapterError(
+            f"--merge: expected no other --target, got {target}; --merge is --target merged"
+        )
     done = export_folder(
-        adapter, output, model=model, scale=scale, merge=merge, progress=TerminalProgress()
+        adapter,
+        output,
+        model=model,
+        target="merged" if merge else target or "peft",
+        scale=scale,
+        max_rank=max_rank,
+        moments_data=moments_data,
+        progress=TerminalProgress(),
     )
-    kind = f"merged model in {done.dtype}" if merge else f"LoRA of rank {done.rank}"
-    _print(f"{kind}: {output}")
+    _print(f"{done.summary}: {output}")
     _print(
         f"reloaded: logits differ by at most {done.check.max_difference:.2e} "
         f"(largest logit {done.check.max_logit:.1f})"
     )
+    if done.compression is not None:
+        for line in done.compression.lines():
+            _print(line)
+        if done.is_adapter:
+            _print(f"gain after the cut: forgetless evaluate RECIPE --adapter {output}")
 
 
 @app.command()

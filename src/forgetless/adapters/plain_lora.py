@@ -21,6 +21,7 @@ KEEPS_BASE: frozenset[bool | str | None] = frozenset(
 _BESIDE = {
     "modules_to_save": "train without modules_to_save",
     "lora_bias": "train with lora_bias=False",
+    "use_dora": "train with use_dora=False, or merge it with PEFT's merge_and_unload()",
     "trainable_token_indices": "train without trainable_token_indices",
     "target_parameters": "name linear layers in target_modules",
     "layer_replication": "save the replicated model as a base of its own, and train on that",
