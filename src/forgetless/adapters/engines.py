@@ -1,7 +1,7 @@
 """What each engine that loads LoRA adapters takes: rules over a folder's configuration and tensors.
 
-The rules are stated in docs/serving.md. They are read from the engines' documentation and source;
-the engines themselves are not run here.
+A strict reading of the engines' documentation and source, in docs/serving.md as a table: an engine
+may take more. The engines themselves are not run here.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# vLLM's and SGLang's choices of max_lora_rank.
+# vLLM's choices of max_lora_rank; SGLang is held to them too.
 LADDER = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 PREFIX = "base_model.model."
 A_SUFFIX, B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
@@ -133,7 +133,7 @@ def no_patterns(files: AdapterFiles) -> Iterator[str]:
 
 
 def scale_is_one(files: AdapterFiles) -> Iterator[str]:
-    """Alpha = rank and no rsLoRA: the factors say all, whatever formula an engine has."""
+    """Alpha = rank and no rsLoRA: the factors say all, whatever scale an engine computes."""
     rank, alpha = files.config.get("r"), files.config.get("lora_alpha")
     if alpha != rank:
         yield f"expected lora_alpha = r = {rank}, got {alpha}; {_REWRITE}"
