@@ -2,8 +2,8 @@
 
     python benchmarks/results_table.py OUTPUT/*/record.json
 
-One line a run; the same LoRA with its update turned down below it, and, interpolated between the
-measured scales, LoRA at the gain of the LoRA-Null run with the same rate.
+One line a run; the same LoRA with its update turned down below it, and LoRA at the gain of the
+others, interpolated along the scale between the measured ones; of KL its root is.
 """
 
 from __future__ import annotations
@@ -53,8 +53,15 @@ def at_gain(record: Record, gain: str, target: float) -> tuple[float, Figures]:
     scale = float(np.interp(-target, [-loss for loss in losses], scales))
     keys = points[0][1]
     return scale, {
-        key: float(np.interp(scale, scales, [found[key] for _, found in points])) for key in keys
+        key: _between(scale, scales, [found[key] for _, found in points], key) for key in keys
     }
+
+
+def _between(scale: float, scales: Sequence[float], values: Sequence[float], key: str) -> float:
+    """A figure at a scale between measured ones; KL grows about as the square of the scale."""
+    if key.endswith(" kl"):
+        return float(np.interp(scale, scales, np.sqrt(np.maximum(values, 0))) ** 2)
+    return float(np.interp(scale, scales, values))
 
 
 def line(label: str, found: Figures, columns: Sequence[str]) -> str:

@@ -252,7 +252,8 @@ def export_adapter(
     _print(f"{done.summary}: {output}")
     _print(
         f"reloaded: logits differ by at most {done.check.max_difference:.2e} "
-        f"(largest logit {done.check.max_logit:.1f})"
+        f"(largest logit {done.check.max_logit:.1f}),\n"
+        f"the update of a layer by at most {done.check.max_update_error:.2e} of its norm"
     )
     if done.compression is not None:
         for line in done.compression.lines():

@@ -153,6 +153,7 @@ class Recipe(_Part):
         seed: Of everything that is drawn, but for the data, which have their own.
         output: Folder of the run.
         label: Name in reports; the method's where it is not given.
+        claims: Whether a report may say who did better; a try with a few rows may not.
     """
 
     model: str
@@ -170,6 +171,7 @@ class Recipe(_Part):
     seed: int = Field(default=0, ge=0)
     output: Path
     label: str | None = None
+    claims: bool = True
 
     @field_validator("method", mode="before")
     @classmethod

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from forgetless.adapters.attach import attach
-from forgetless.adapters.export import check_round_trip, export, save_merged
+from forgetless.adapters.export import export, save_merged
 from forgetless.adapters.load import load_adapter
+from forgetless.adapters.round_trip import check_round_trip
 from forgetless.errors import AdapterError, ArtefactError, CalibrationError, MethodError
 from forgetless.methods import METHODS
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -192,6 +192,20 @@ def test_tgi_gets_every_layer_of_a_type(make_tiny_model: MakeModel, tmp_path: Pa
     assert not any(t.any() for name, t in tensors.items() if ".layers.0." in name)
     alone = PeftModel.from_pretrained(make_tiny_model(), str(tmp_path / "out"))
     torch.testing.assert_close(logits(alone), logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_a_filled_layer_that_is_not_zero_fails_the_round_trip(
+    tiny_model: nn.Module, tmp_path: Path
+) -> None:
+    model = foreign(tiny_model, layers_to_transform=[1], target_modules=["q_proj"])
+    forgetless.export(model, tmp_path, target="tgi")
+    weights = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"] += 1
+    save_file(tensors, weights)
+    job = ExportJob(model=model, folder=tmp_path)
+    with pytest.raises(AdapterError, match=r"expected zeros at layer model\.layers\.0"):
+        EXPORT_TARGETS["tgi"].compare(job, IDS)
 
 
 @pytest.mark.parametrize("target", SERVERS)

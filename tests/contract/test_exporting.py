@@ -74,7 +74,7 @@ def test_a_merge_that_went_wrong_is_an_error(
         return honest(model, output, scale=scale * 9, **others)  # type: ignore[arg-type]
 
     monkeypatch.setattr(merge, "save_merged", wrong)
-    with pytest.raises(AdapterError, match=r"merge: .* expected the logits"):
+    with pytest.raises(AdapterError, match=r"merge: .* expected W \+ ΔW rounded once"):
         export_folder(folder, folder.parent / "merged", target="merged")
 
 
@@ -108,7 +108,7 @@ class Listing(ExportTarget):
 
     def compare(self, job: ExportJob, input_ids_BT: torch.Tensor) -> RoundTrip:
         assert (job.folder / "list.txt").is_file()
-        return RoundTrip(0.0, 1.0)
+        return RoundTrip(0.0, 1.0, 0.0)
 
     def summary(self, rank: int, dtype: torch.dtype) -> str:
         return f"list of rank {rank}"

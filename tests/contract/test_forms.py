@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from forgetless.adapters.forms import (
@@ -18,6 +20,7 @@ from forgetless.adapters.forms import (
 )
 from forgetless.adapters.load import load_adapter
 from forgetless.adapters.scale import scaled_adapter
+from forgetless.adapters.variant import LIVE_BOTH
 from forgetless.errors import AdapterError
 from forgetless.methods.base import AdapterInit
 
@@ -77,15 +80,17 @@ def delta(model: PeftModel, adapter: str = "default") -> dict[str, torch.Tensor]
     return found
 
 
-@pytest.fixture(params=["llama", "gpt2"])
+@pytest.fixture
+def tiny_biased(make_tiny_model: Callable[..., nn.Module]) -> nn.Module:
+    return make_tiny_model(attention_bias=True, mlp_bias=True)
+
+
+@pytest.fixture(params=["llama", "llama with biases", "gpt2"])
 def base(request: pytest.FixtureRequest) -> nn.Module:
-    """nn.Linear without bias, and Conv1D with bias."""
+    """nn.Linear without and with biases, and Conv1D with biases."""
     model: nn.Module = request.getfixturevalue(
-        {"llama": "tiny_model", "gpt2": "tiny_gpt2"}[request.param]
+        {"llama": "tiny_model", "gpt2": "tiny_gpt2"}.get(request.param, "tiny_biased")
     )
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):  # zero biases could hide a lost one
-            nn.init.normal_(parameter, std=0.1)
     return model.eval()
 
 
@@ -140,14 +145,18 @@ def test_the_frozen_side_stays_frozen(base: nn.Module, form: str) -> None:
             assert torch.equal(parameter, frozen[name]), name
 
 
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside another adapter"])
 @pytest.mark.parametrize("steps", [1, 100])
 @pytest.mark.parametrize("form", ["a", "b", "both"])
 def test_training_equals_the_residual_form_of_the_papers(
-    base: nn.Module, form: str, steps: int
+    base: nn.Module, form: str, steps: int, beside: bool
 ) -> None:
     """W_res = W - s B0 A0 and LoRA that starts at (A0, B0): written without the package's forms."""
     rank, alpha = 4, 6.0
     base = base.double()
+    if beside:
+        base = start(base, "both", adapter="other")
+        train(base, 2)
     model = start(base, form, rank=rank, alpha=alpha)
     reference = _residual_model(model, form, alpha / rank)
     train(model, steps)
@@ -258,13 +267,29 @@ def test_a_checkpoint_holds_all_that_its_form_needs(
     fresh = model.unload()
     reloaded = load_adapter(fresh, tmp_path)
     assert torch.equal(logits(reloaded), expected)
+    assert not any(p.requires_grad for p in reloaded.parameters())
+    with reloaded.disable_adapter():
+        logits(reloaded)
+    reloaded.set_adapter("default")
+    assert not any(p.requires_grad for n, p in reloaded.named_parameters() if "fixed" in n)
+
+
+def test_a_folder_of_the_form_both_without_its_fixed_tensors_is_damaged(
+    tiny_model: nn.Module, tmp_path: Path
+) -> None:
+    model = start(tiny_model, "both")
+    model.peft_config["default"].init_lora_weights = LIVE_BOTH
+    train(model, 2)
+    model.save_pretrained(str(tmp_path))
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({n: t for n, t in load_file(path).items() if "fixed" not in n}, path)
+    with pytest.raises(AdapterError, match="fixed"):
+        load_adapter(model.unload(), tmp_path)
 
 
 def test_peft_alone_refuses_a_live_folder_of_the_form_both(
     tiny_model: nn.Module, tmp_path: Path
 ) -> None:
-    from forgetless.adapters.variant import LIVE_BOTH
-
     model = start(tiny_model, "both")
     model.peft_config["default"].init_lora_weights = LIVE_BOTH
     model.save_pretrained(str(tmp_path))

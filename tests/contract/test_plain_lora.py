@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from forgetless.adapters import plain_files
-from forgetless.adapters.export import check_round_trip, export, save_merged
+from forgetless.adapters.export import export
 from forgetless.adapters.forms import adapted_layers, form_of
+from forgetless.adapters.merge import save_merged
+from forgetless.adapters.round_trip import check_round_trip
 from forgetless.adapters.scale import scaled_adapter
 from forgetless.errors import AdapterError
 from forgetless.models import load as load_module
@@ -79,8 +81,32 @@ def test_an_export_that_lost_something_fails_the_round_trip(
     check_round_trip(model, tmp_path, IDS)
     path = tmp_path / "adapter_model.safetensors"
     save_file({name: tensor * 3 for name, tensor in load_file(path).items()}, path)
-    with pytest.raises(AdapterError, match="expected the logits of the live adapter"):
+    with pytest.raises(AdapterError, match="expected the live adapter's update at layer"):
         check_round_trip(model, tmp_path, IDS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_export_that_lost_an_update_too_small_for_the_logits_is_seen(
+    tiny_model: nn.Module, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    model = lora(tiny_model.to(dtype))
+    for layer in adapted_layers(model).values():
+        layer.lora_B["default"].weight.data.mul_(1e-5)
+    export(model, tmp_path)
+    assert check_round_trip(model, tmp_path, IDS).max_update_error < 1e-6
+    export(model, tmp_path, scale=0.0)
+    with pytest.raises(AdapterError, match=r"1\.00e\+00 of its norm away"):
+        check_round_trip(model, tmp_path, IDS)
+
+
+def test_a_merge_that_transformers_refuses_is_one_line(
+    tiny_model: nn.Module, tmp_path: Path
+) -> None:
+    model = lora(tiny_model)
+    tiny_model.generation_config.temperature = 0.5  # without do_sample, as in some published bases
+    with pytest.raises(AdapterError, match=r"generation_config\.json") as caught:
+        save_merged(model, tmp_path / "out")
+    assert "\n" not in str(caught.value)
 
 
 def test_the_round_trip_leaves_the_model_as_found(tiny_model: nn.Module, tmp_path: Path) -> None:

@@ -76,6 +76,34 @@ def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(
     assert {name for name, p in resumed.named_parameters() if not p.requires_grad} == frozen
 
 
+@pytest.mark.parametrize("form", ["a", "b", "both"])
+def test_a_start_solved_with_other_rounding_resumes_from_the_checkpoints_own(
+    make_tiny_model, tiny_tokenizer, tmp_path, form
+):
+    """Another number of threads ends the same eigenproblem in other bits."""
+    origin = "moments, method, seed"
+    whole = adapted(make_tiny_model(), form)
+    run(whole, tiny_tokenizer, tmp_path / "whole", start=origin)
+    broken = tmp_path / "broken"
+    run(
+        adapted(make_tiny_model(), form),
+        tiny_tokenizer,
+        broken,
+        stop=4,
+        start="moments, method, seed",
+    )
+    resumed = adapted(make_tiny_model(), form)
+    for name, parameter in resumed.named_parameters():
+        if "lora_" in name and not parameter.requires_grad:
+            parameter.data += 1e-6 * torch.randn(parameter.shape)
+    found = run(resumed, tiny_tokenizer, broken, start=origin)
+    assert found.resumed_from == [3]
+    state, expected = adapter_state(resumed), adapter_state(whole)
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    with pytest.raises(ArtefactError, match="differs in start"):
+        run(adapted(make_tiny_model(), form), tiny_tokenizer, broken, start="another method")
+
+
 @pytest.mark.parametrize("max_steps", [5, 7])  # at the end of an epoch, and within one
 def test_a_finished_run_is_loaded_and_not_trained_again(
     make_tiny_model, tiny_tokenizer, tmp_path, max_steps
@@ -137,8 +165,8 @@ def test_a_checkpoint_is_marked_only_after_its_last_file(make_tiny_model, tiny_t
 @pytest.mark.parametrize(
     ("form", "attach", "changes", "message"),
     [
-        ("b", {"seed": 1}, {}, r"frozen \(checkpoint \w+, this run \w+\)"),
-        ("both", {"seed": 1}, {}, "frozen"),
+        ("b", {"seed": 1}, {}, r"start \(checkpoint \w+, this run \w+\)"),
+        ("both", {"seed": 1}, {}, "start"),
         ("b", {"rank": 5}, {}, r"rank \(checkpoint 4, this run 5\)"),
         ("b", {"alpha": 64}, {}, r"alpha \(checkpoint 8\.0, this run 64\.0\), scaling \("),
         ("b", {"use_rslora": True}, {}, r"differs in scaling \(checkpoint 2\.0, this run 4\.0\)"),
@@ -202,7 +230,7 @@ def test_checkpoints_of_another_program_are_refused_and_never_deleted(
         assert (foreign / content).read_bytes() == b"weights"
 
 
-@pytest.mark.parametrize("schema_version", [1, 3, None])
+@pytest.mark.parametrize("schema_version", [2, 4, None])
 def test_a_marker_of_another_version_is_refused_and_never_deleted(
     make_tiny_model, tiny_tokenizer, tmp_path, schema_version
 ):

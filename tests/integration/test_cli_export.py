@@ -95,6 +95,11 @@ def test_merge_is_target_merged(theirs: Path, capsys: pytest.CaptureFixture[str]
     one, two = (load_file(Path(n) / "model.safetensors") for n in ("one", "two"))
     assert all(two[name].equal(tensor) for name, tensor in one.items())
     assert Path("two/tokenizer.json").is_file()
+    assert status("export", theirs, "three", "--merge", "--max-rank", "2") == 0
+    out = words(capsys.readouterr().out)
+    assert "update of rank 2 added" in out
+    assert "forgetless evaluate" not in out  # a whole model is no adapter to evaluate
+    assert Path("three/compression.json").is_file()
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from forgetless.adapters.attach import attach
 from forgetless.calibration import memory, store
 from forgetless.calibration.calibrate import calibrate, check_token_count
 from forgetless.calibration.engine import SiteMoments, collect_moments
 from forgetless.calibration.store import load_moments, moments_key, moments_path, save_moments
 from forgetless.data.rows import Row, RowSet
 from forgetless.data.spec import DataSpec
-from forgetless.data.tokens import TokenRow, make_batches
+from forgetless.data.tokens import Batch, TokenRow, make_batches
 from forgetless.errors import AdapterError, ArtefactError, CalibrationError, ForgetlessWarning
 from forgetless.linalg.moments import SecondMoment
 from forgetless.models import hardware
@@ -332,3 +334,50 @@ def test_too_few_tokens_say_how_many_are_missing() -> None:
         check_token_count(found, "preserve")
     with pytest.warns(ForgetlessWarning, match=r"four times the width \(40\)"):
         check_token_count(found, "preserve", min_tokens=5)
+
+
+@pytest.mark.parametrize(("beta", "is_error"), [(1.0, True), (0.8, False)])
+def test_directions_picked_for_weak_preserve_data_need_enough_of_them(
+    tiny_model: PreTrainedModel,
+    tiny_tokenizer: PreTrainedTokenizerBase,
+    beta: float,
+    is_error: bool,
+) -> None:
+    def attached() -> None:
+        attach(
+            tiny_model,
+            tiny_tokenizer,
+            method={"name": "sc-lora", "beta": beta, "rank": 4},
+            train_data=["one two three four five"],
+            preserve_data=["ab"],
+        )
+
+    if is_error:
+        with pytest.raises(CalibrationError, match="preserve tokens"):
+            attached()
+    else:
+        with pytest.warns(ForgetlessWarning, match="preserve tokens .* under four times"):
+            attached()
+
+
+def test_rows_without_a_kept_token_are_no_samples(tiny_model: PreTrainedModel) -> None:
+    batch = Batch(
+        input_ids_BT=torch.arange(5, 13).reshape(2, 4),
+        attention_mask_BT=torch.ones(2, 4, dtype=torch.long),
+        kept_BT=torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0]]),
+        index=(0, 1),
+    )
+    targets = find_targets(tiny_model).targets
+    found = collect_moments(tiny_model, targets, [batch])
+    assert {(m.num_tokens, m.num_samples) for m in found.moments.values()} == {(2, 1)}
+
+
+def test_squares_beyond_the_dtype_name_the_layer(tiny_model: PreTrainedModel) -> None:
+    with torch.no_grad():
+        tiny_model.model.layers[0].mlp.up_proj.weight.fill_(3e19)
+        tiny_model.model.layers[0].mlp.gate_proj.weight.fill_(10.0)
+    ids = torch.arange(5, 13).reshape(2, 4)
+    batch = Batch(ids, torch.ones_like(ids), torch.ones_like(ids), (0, 1))
+    targets = {k: t for k, t in find_targets(tiny_model).targets.items() if "down_proj" in k}
+    with pytest.raises(CalibrationError, match=r"layers\.0\.mlp\.down_proj overflow float32"):
+        collect_moments(tiny_model, targets, [batch])

@@ -253,3 +253,31 @@ def test_update_size_of_every_form_is_what_its_layers_add_to_the_base(
             moved = layer(x) - layer.get_base_layer()(x)
         expected = float((moved.norm(dim=1) / x.norm(dim=1)).mean())
         assert movement.layers[name].update_size == pytest.approx(expected, rel=1e-6)
+
+
+def test_leakage_of_both_is_that_of_the_papers_a_however_small_the_deviation(
+    tiny_model, tiny_tokenizer
+):
+    """Frozen W - B0 A0 with a trained A: what counts is A itself, not the stacked export."""
+    generator = torch.Generator().manual_seed(0)
+    model = get_peft_model(tiny_model, LoraConfig(r=3, target_modules=["q_proj"]))
+    starts = {}
+    for name, layer in adapted_layers(model).items():
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        init = AdapterInit(
+            torch.randn(a.shape, generator=generator), torch.randn(b.shape, generator=generator)
+        )
+        FORMS["both"].start(layer, "default", init)
+        with torch.no_grad():
+            a.copy_(1e-6 * torch.randn(a.shape, generator=generator))
+        starts[name] = init.a_RD
+    found = measure_movement(model, tiny_tokenizer, [row_set()], adapter="default")
+    targets = find_targets(tiny_model).targets
+    rows = tokenize(row_set(), tiny_tokenizer)
+    batches = make_batches(rows, batch_size=2, pad_token_id=pad_token_id(tiny_tokenizer))
+    moments = collect_moments(model, targets, batches)
+    for name, a_RD in starts.items():
+        moment = moments.of(name).mean_DD().double().numpy()
+        basis = np.linalg.svd(a_RD.double().numpy(), full_matrices=False)[2]
+        expected = np.trace(basis @ moment @ basis.T) / np.trace(moment) * moment.shape[0] / 3
+        assert found.layers[name].leakage == pytest.approx(expected, rel=1e-3)

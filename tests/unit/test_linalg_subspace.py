@@ -79,6 +79,16 @@ def test_directions_that_are_zero_but_for_float32_rounding_count_as_zero() -> No
     assert (found.num_positive, found.num_negative) == (20, 0)
 
 
+def test_a_difference_of_equal_moments_has_no_direction_but_rounding() -> None:
+    """The same tokens summed in two orders: S is rounding, small beside what it was made from."""
+    x = random(4000, 64).float() * torch.logspace(-2, 2, 64)
+    forth, back = x.T @ x, x.flip(0).T @ x.flip(0)
+    assert not torch.equal(forth, back)
+    trace = float(forth.trace() + back.trace()) / 2
+    found = contrast_basis(torch.eye(64), (forth - back) / 2, 16, scale=trace)
+    assert (found.num_positive, found.num_negative) == (0, 0)
+
+
 @pytest.mark.parametrize(("out", "width", "rank"), [(8, 5, 2), (5, 8, 5), (6, 6, 1)])
 def test_balanced_factors_equal_the_papers_full_svd(out: int, width: int, rank: int) -> None:
     weight, basis = random(out, width), torch.linalg.qr(random(width, rank, seed=2)).Q

@@ -78,3 +78,13 @@ def test_fingerprint_does_not_depend_on_where_a_model_lies(
         folder = save_model(make_tiny_model(), name)
         found.add(model_fingerprint(load_model(str(folder), dtype="float32", device="cpu").model))
     assert len(found) == 1
+
+
+@pytest.mark.parametrize("row", [0, 1, 17, 383])
+def test_fingerprint_sees_one_edited_row_of_an_embedding(
+    tiny_model: PreTrainedModel, row: int
+) -> None:
+    before = model_fingerprint(tiny_model)
+    with torch.no_grad():
+        tiny_model.get_input_embeddings().weight[row, 3] += 1e-3
+    assert model_fingerprint(tiny_model) != before

@@ -195,7 +195,7 @@ def test_runs_that_measured_different_things_share_a_page(tmp_path):
 
 
 def test_quick_run_carries_a_visible_note(tmp_path):
-    quick = realistic_records()[0].model_copy(update={"recipe": {"quick": True}})
+    quick = realistic_records()[0].model_copy(update={"recipe": {"claims": False}})
     words = page([quick], tmp_path).words()
     assert "A quick run claims nothing" in words
     assert "gained" not in page([quick], tmp_path).text["h1"][0]

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from forgetless.errors import AdapterError
+from forgetless.models.untouched import refuse_touched_base
 
 MAX_SEED = 2**63 - 1
 ADAPTER_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
@@ -47,6 +48,7 @@ def check_arguments(
     _check_adapter_name(adapter)
     if isinstance(model, PeftModel) and adapter in model.peft_config:
         raise AdapterError(f"adapter {adapter!r}: already there; give adapter= another name")
+    refuse_touched_base(model)
     if cache is not None and cache.exists() and not cache.is_dir():
         raise AdapterError(
             f"cache: expected a folder, got the file {str(cache)!r}; name another place"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -32,6 +34,7 @@ from forgetless.models.targets import (
     find_targets,
     module_suffixes,
 )
+from forgetless.models.untouched import refuse_touched_base
 
 SHOWN_SKIPS = 3
 
@@ -55,6 +58,7 @@ class Attached:
         starts: By layer.
         skipped: Layers with weights that got no adapter, with the reason.
         moments: By role; calibration moments of the base.
+        origin: Hash of what A0 and B0 follow from besides the base: method, data, targets, seed.
     """
 
     model: PeftModel
@@ -62,6 +66,7 @@ class Attached:
     starts: dict[str, LayerStart]
     skipped: dict[str, str]
     moments: dict[Role, SiteMoments]
+    origin: str
 
 
 def attach(
@@ -157,6 +162,7 @@ def attach_rows(
 
     `progress` is called with the role, the rows done, and all rows.
     """
+    refuse_touched_base(model)
     base = base_of(model)
     selection = find_targets(model, targets)
     for target in selection.targets.values():
@@ -175,12 +181,25 @@ def attach_rows(
             cache=cache,
             progress=_for_role(progress, role),
         )
-    if method.uses_bottom_directions:
-        for role in sorted(method.needs):
-            check_token_count(moments[role], role, min_tokens)
+    for role in sorted(method.needs & (method.bottom_roles | {"preserve"})):
+        required = role in method.bottom_roles
+        check_token_count(moments[role], role, min_tokens, required=required)
     peft_model = _add_adapter(model, base, method, selection.targets, adapter)
     starts = _start_layers(peft_model, method, selection.targets, moments, adapter, seed)
-    return Attached(peft_model, method, starts, selection.skipped, moments)
+    origin = _origin(method, row_sets, selection.targets, seed)
+    return Attached(peft_model, method, starts, selection.skipped, moments, origin)
+
+
+def _origin(
+    method: Method,
+    row_sets: Mapping[Role, Sequence[RowSet]],
+    targets: Mapping[str, Target],
+    seed: int,
+) -> str:
+    """16 hex digits; not of the solved tensors, whose last bits depend on the number of threads."""
+    data = {role: [rows.fingerprint for rows in row_sets[role]] for role in sorted(method.needs)}
+    described = [method.name, asdict(method), data, sorted(targets), seed]
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
 
 
 def _warn_of_skips(selection: TargetSelection) -> None:
@@ -247,12 +266,20 @@ def _start_layers(
     for position, (name, target) in enumerate(targets.items()):
         stats = SiteStatistics(**{role: found.of(name) for role, found in moments.items()})
         generator = torch.Generator().manual_seed((seed * 1_000_003 + position) % 2**63)
-        weights = LayerWeights(name, target.weight_OD(), target.bias_O())
+        weights = _where_it_can_be_solved(name, target)
         init = method.init(weights, stats, generator)
         form.start(layers[name], adapter, init)
         site = next((found.site_of[name] for found in moments.values()), name)
         starts[name] = LayerStart(site, method.rank, dict(init.diagnostics))
     return starts
+
+
+def _where_it_can_be_solved(name: str, target: Target) -> LayerWeights:
+    """Weights where the eigensolvers run: torch has none on MPS. Moments follow the weights."""
+    weight_OD, bias_O = target.weight_OD(), target.bias_O()
+    if weight_OD.device.type != "mps":
+        return LayerWeights(name, weight_OD, bias_O)
+    return LayerWeights(name, weight_OD.cpu(), None if bias_O is None else bias_O.cpu())
 
 
 def _for_role(

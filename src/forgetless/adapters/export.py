@@ -26,14 +26,11 @@ from forgetless.adapters.export_target import ExportJob, ExportTarget
 from forgetless.adapters.merge import MergedModel, save_merged
 from forgetless.adapters.plain_files import PlainLora
 from forgetless.adapters.plain_lora import refuse_what_plain_lora_cannot_hold
-from forgetless.adapters.round_trip import RoundTrip, check_round_trip
 from forgetless.data.spec import DataInput
 from forgetless.errors import AdapterError, ForgetlessWarning
 
 __all__ = [
     "EXPORT_TARGETS",
-    "RoundTrip",
-    "check_round_trip",
     "export",
     "export_target",
     "save_merged",

@@ -24,6 +24,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from forgetless.adapters.mixed_dtypes import in_dtype_of_weight
 from forgetless.adapters.variant import FIXED_A, FIXED_B, BothVariant
 from forgetless.errors import AdapterError
 from forgetless.linalg.lowrank import concatenated_delta
@@ -40,6 +41,12 @@ class Form(ABC):
         """Put (A0, B0) into a layer made by PEFT, with ΔW = 0 exactly, and freeze what must be."""
         with torch.no_grad():
             self._fill(layer, adapter, init)
+        for name in ("lora_A", "lora_B"):
+            getattr(layer, name)[adapter].register_forward_pre_hook(in_dtype_of_weight)
+        self.freeze(layer, adapter)
+
+    def freeze(self, layer: LoraLayer, adapter: str) -> None:
+        """Keep the frozen side frozen, also through `set_adapter` and `disable_adapter()`."""
         # The layer's own dict, never the class-level one: PEFT re-applies it in set_adapter and
         # when disable_adapter() is left.
         frozen = dict(layer.frozen_peft_weight_names)
@@ -54,6 +61,10 @@ class Form(ABC):
     def deviation(self, layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
         """A and B with ΔW = B A before scaling, in the adapter's dtype; rank R (2R for `both`)."""
         return layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach()
+
+    def down_projection(self, layer: LoraLayer, adapter: str) -> Tensor:
+        """The A (R, D) of the paper, which the adapter reads its input through."""
+        return layer.lora_A[adapter].weight.detach()
 
 
 class _StartsAtA(Form):
@@ -108,6 +119,11 @@ class TrainsBoth(Form):
         fixed_A_RD = getattr(layer, FIXED_A)[adapter].weight.detach()
         fixed_B_OR = getattr(layer, FIXED_B)[adapter].weight.detach()
         return concatenated_delta(a_RD, b_OR, fixed_A_RD, fixed_B_OR)
+
+    def down_projection(self, layer: LoraLayer, adapter: str) -> Tensor:
+        """A0 + a."""
+        fixed_A_RD: Tensor = getattr(layer, FIXED_A)[adapter].weight.detach()
+        return fixed_A_RD + super().down_projection(layer, adapter)
 
 
 FORMS: dict[Trains, Form] = {
@@ -171,14 +187,28 @@ def form_of(model: nn.Module, adapter: str = "default") -> Form:
     )
 
 
+def down_projection(layer: LoraLayer, adapter: str = "default") -> Tensor:
+    """The A (R, D) that a layer reads its input through, float32 or wider.
+
+    For the form `both` this is A0 + a, as in the papers' residual form: the row space of the
+    exported [a; A0] would count a deviation of any size, however small, as much as A0.
+    """
+    a_RD = _form_of_layer(layer, adapter).down_projection(layer, adapter)
+    return a_RD.to(torch.promote_types(a_RD.dtype, torch.float32))
+
+
+def _form_of_layer(layer: LoraLayer, adapter: str) -> Form:
+    """`both`, or one that holds ΔW = B A as it stands."""
+    return FORMS["both" if isinstance(layer.lora_variant.get(adapter), BothVariant) else "plain"]
+
+
 def factors(layer: LoraLayer, adapter: str = "default") -> tuple[Tensor, Tensor]:
     """Exact factors of a layer's update, scale folded in: ΔW = B A.
 
     Returns:
         A (R, D) and B (O, R), float32 or wider; R is twice the rank for the form `both`.
     """
-    form = FORMS["both" if isinstance(layer.lora_variant.get(adapter), BothVariant) else "plain"]
-    a_RD, b_OR = form.deviation(layer, adapter)
+    a_RD, b_OR = _form_of_layer(layer, adapter).deviation(layer, adapter)
     dtype = torch.promote_types(a_RD.dtype, torch.float32)
     return a_RD.to(dtype), b_OR.to(dtype) * layer.scaling[adapter]
 

@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from forgetless.adapters.forms import adapted_layers, factors
+from forgetless.adapters.forms import FORMS, adapted_layers, factors
 from forgetless.adapters.plain_lora import refuse_changed_base
 from forgetless.adapters.variant import FIXED_A, LIVE_BOTH, BothVariant
 from forgetless.errors import AdapterError, ArtefactError
+from forgetless.models.untouched import refuse_touched_base
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -33,8 +34,9 @@ def load_adapter(
 ) -> PeftModel:
     """Load a LoRA adapter from a folder onto its base, for evaluation or export.
 
-    A checkpoint of the form `both`, which PEFT alone refuses, is opened here too. After an error
-    the base is as it was.
+    A checkpoint of the form `both`, which PEFT alone refuses, is opened here too. Nothing of the
+    adapter requires a gradient: to train on, attach as before and resume. After an error the base
+    is as it was.
 
     Args:
         base: The base model, or a PeftModel that gets one more adapter.
@@ -43,24 +45,27 @@ def load_adapter(
 
     Raises:
         AdapterError: No adapter there, not LoRA, of a model with other layers, or of a base that
-            its own start has changed.
-        ArtefactError: A truncated or damaged file.
+            its own start has changed; a base that holds adapters already, outside a PeftModel.
+        ArtefactError: A truncated or damaged file, or one without tensors that its form needs.
     """
     folder = Path(folder)
     if isinstance(base, PeftModel) and adapter in base.peft_config:
         raise AdapterError(f"adapter {adapter!r}: already there; give adapter= another name")
+    refuse_touched_base(base)
     config = _read_config(folder)
     tensors = _read_tensors(folder)
+    holds_both = read_adapter_config(folder).get("init_lora_weights") == LIVE_BOTH
     with ExitStack() as undo:
         undo.callback(removal(base, adapter))
         model = _inject(base, config, adapter, folder)
-        if any(f".{FIXED_A}." in key for key in tensors):
+        if holds_both or any(f".{FIXED_A}." in key for key in tensors):
             for layer in adapted_layers(model, adapter).values():
                 BothVariant.install(layer, adapter)
+                FORMS["both"].freeze(layer, adapter)
             model.peft_config[adapter].init_lora_weights = LIVE_BOTH
         _fill(model, tensors, adapter, folder)
         undo.pop_all()
-    model.set_adapter(adapter)
+    model.set_adapter(adapter, inference_mode=True)
     model.eval()
     return model
 

@@ -16,11 +16,10 @@ from transformers.pytorch_utils import Conv1D
 from forgetless.adapters.export_target import ExportJob, ExportTarget
 from forgetless.adapters.forms import adapted_layers, factors
 from forgetless.adapters.plain_lora import refuse_what_plain_lora_cannot_hold
-from forgetless.adapters.round_trip import RoundTrip
-from forgetless.adapters.scale import scaled_adapter
+from forgetless.adapters.round_trip import RoundTrip, check_merged
 from forgetless.errors import AdapterError
+from forgetless.linalg.precision import full_precision
 from forgetless.models.load import load_model
-from forgetless.models.state import left_as_found
 from forgetless.models.targets import base_of
 
 
@@ -45,15 +44,8 @@ class MergedModel(ExportTarget):
 
     def compare(self, job: ExportJob, input_ids_BT: Tensor) -> RoundTrip:
         """Load the model that was written."""
-        dtype = _dtype(job)
-        merged = load_model(str(job.folder), dtype=dtype)
-        with left_as_found(job.model), torch.no_grad():
-            job.model.eval()
-            job.model.set_adapter(job.adapter)
-            with scaled_adapter(job.model, job.scale, job.adapter):
-                live = job.model(input_ids=input_ids_BT, use_cache=False).logits
-            found = merged.model(input_ids=input_ids_BT.to(merged.device), use_cache=False).logits
-        return RoundTrip.of(live, found.to(live.device), dtype, f"merge: {job.folder}")
+        merged = load_model(str(job.folder), dtype=_dtype(job), device=input_ids_BT.device).model
+        return check_merged(job.model, merged, input_ids_BT, scale=job.scale, adapter=job.adapter)
 
     def summary(self, rank: int, dtype: torch.dtype) -> str:
         """The rounding."""
@@ -85,7 +77,8 @@ def save_merged(
         dtype: Of the weights written; the base's own by default.
 
     Raises:
-        AdapterError: A quantised base, or an adapter that is more than plain LoRA.
+        AdapterError: A quantised base, an adapter that is more than plain LoRA, or a folder or
+            configuration that cannot be written.
     """
     folder = Path(folder)
     refuse_what_plain_lora_cannot_hold(model, adapter)
@@ -101,7 +94,8 @@ def save_merged(
                 f"merge: layer {name} is quantised; load the base unquantised and merge there"
             )
         a_RD, b_OR = factors(layer, adapter)
-        delta_OD = (b_OR @ a_RD) * scale
+        with full_precision():
+            delta_OD = (b_OR @ a_RD) * scale
         if isinstance(layer.get_base_layer(), Conv1D):
             delta_OD = delta_OD.T
         weight = state[f"{name}.weight"]
@@ -113,6 +107,12 @@ def save_merged(
             config = copy.deepcopy(base.config)
             config.dtype = dtype
             config.save_pretrained(str(folder))
+    except ValueError as error:  # transformers checks what it copies, the base's settings too
+        first = str(error).strip().splitlines()[0]
+        raise AdapterError(
+            f"merge: transformers refuses to save this base ({first}); mend its "
+            "generation_config.json first"
+        ) from error
     except (OSError, SafetensorError) as error:
         raise AdapterError(
             f"merge: could not write {folder} ({str(error).strip()}); free some space, or choose "

@@ -11,13 +11,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear, LoraVariant
 from peft.utils.other import transpose
 from torch import Tensor, nn
 
+from forgetless.adapters.mixed_dtypes import in_dtype_of_weight
 from forgetless.errors import AdapterError
 from forgetless.linalg.lowrank import concatenated_delta
+from forgetless.linalg.precision import full_precision
 
 # `init_lora_weights` of a live adapter of this form: PEFT alone refuses the folder, loudly.
 LIVE_BOTH = "forgetless-both: run forgetless export first"
@@ -53,13 +56,15 @@ class BothVariant(LoraVariant):
             layer.adapter_layer_names = (*layer.adapter_layer_names, FIXED_A, FIXED_B)
         for fixed, like in ((FIXED_A, layer.lora_A[adapter]), (FIXED_B, layer.lora_B[adapter])):
             weight = like.weight
-            getattr(layer, fixed)[adapter] = nn.Linear(
+            made = nn.Linear(
                 weight.shape[1],
                 weight.shape[0],
                 bias=False,
                 device=weight.device,
                 dtype=weight.dtype,
             ).requires_grad_(False)
+            made.register_forward_pre_hook(in_dtype_of_weight)
+            getattr(layer, fixed)[adapter] = made
         layer.lora_variant[adapter] = cls()
 
     def supports_lora_conversion(self) -> bool:
@@ -104,7 +109,9 @@ def _delta(layer: LoraLayer, adapter: str, like: Tensor) -> Tensor:
         getattr(layer, FIXED_A)[adapter].weight.detach(),
         getattr(layer, FIXED_B)[adapter].weight.detach(),
     )
-    delta_OD = b_OR.float() @ a_RD.float() if a_RD.dtype.itemsize < 4 else b_OR @ a_RD
+    dtype = torch.promote_types(torch.promote_types(a_RD.dtype, b_OR.dtype), torch.float32)
+    with full_precision():
+        delta_OD = b_OR.to(dtype) @ a_RD.to(dtype)
     return (transpose(delta_OD, layer.fan_in_fan_out) * layer.scaling[adapter]).to(like.dtype)
 
 

@@ -51,7 +51,9 @@ def calibrate(
                 pad_token_id=pad_token_id(tokenizer),
                 tokens=rows.spec.tokens,
             )
-            part = collect_moments(model, targets, batches, progress=advance)
+            part = collect_moments(
+                model, targets, batches, source=rows.spec.label, progress=advance
+            )
             if shelf is not None:
                 shelf.put(part, tokens, rows)
         if merged is None:
@@ -106,15 +108,23 @@ class _Shelf:
             )
 
 
-def check_token_count(moments: SiteMoments, role: str, min_tokens: int | None = None) -> None:
+def check_token_count(
+    moments: SiteMoments, role: str, min_tokens: int | None = None, *, required: bool = True
+) -> None:
     """Refuse moments whose weakest directions are undetermined.
+
+    Args:
+        moments: Of one role.
+        role: Its name, for the messages.
+        min_tokens: Fewest tokens to accept, in place of the widest site's width.
+        required: Whether too few are an error; a warning otherwise.
 
     Raises:
         CalibrationError: Fewer kept tokens than the widest site is wide (or than `min_tokens`).
     """
     site, width = max(((s, m.width) for s, m in moments.moments.items()), key=lambda x: x[1])
     needed = width if min_tokens is None else min_tokens
-    if moments.num_tokens < needed:
+    if required and moments.num_tokens < needed:
         raise CalibrationError(
             f"calibration: expected at least {needed} {role} tokens (site {site} is {width} wide), "
             f"got {moments.num_tokens}, {needed - moments.num_tokens} missing; add rows, raise "

@@ -47,6 +47,7 @@ def collect_moments(
     targets: Mapping[str, Target],
     batches: Iterable[Batch],
     *,
+    source: str = "the data",
     progress: Callable[[int], None] | None = None,
 ) -> SiteMoments:
     """Sum x xᵀ, x, tokens and rows over the kept tokens of `batches`, once per site.
@@ -57,13 +58,15 @@ def collect_moments(
         model: The base, or a PeftModel, whose adapters are switched off meanwhile.
         targets: Layers whose inputs are wanted.
         batches: Padded batches; `kept_BT` says which tokens count.
+        source: What the rows are called in messages.
         progress: Called with the number of rows after each batch.
 
     Raises:
-        CalibrationError: NaN or inf in an input (layer and row are named), no kept token at all,
-            a layer that is fed no or only part of the tokens, or too little free memory.
+        CalibrationError: NaN or inf in an input (layer and row are named) or in the sum of its
+            squares, no kept token at all, a layer that is fed no or only part of the tokens, or too
+            little free memory.
     """
-    collector = _Collector()
+    collector = _Collector(source)
     device = next(model.parameters()).device
     with base_forward(model) as decoder:
         refuse_beyond_memory(model, decoder, targets)
@@ -79,6 +82,7 @@ def collect_moments(
             "calibration: expected at least one kept token, got none; is the data empty?"
         )
     _refuse_idle(model, targets, sites.site_of)
+    _refuse_overflow(collector.moments, source)
     return SiteMoments(collector.moments, dict(sites.site_of))
 
 
@@ -97,6 +101,17 @@ def _refuse_idle(
         )
 
 
+def _refuse_overflow(moments: Mapping[str, SecondMoment], source: str) -> None:
+    """Refuse sums that left the range of their dtype, where every activation was finite."""
+    for site, moment in moments.items():
+        if not bool(moment.sum_DD.isfinite().all()):
+            raise CalibrationError(
+                f"calibration: the squares of the input of layer {site} overflow "
+                f"{str(moment.sum_DD.dtype).removeprefix('torch.')} on {source}; "
+                "leave that layer out of the targets, or load the model in float64"
+            )
+
+
 def _inputs(batch: Batch, device: torch.device) -> dict[str, Tensor]:
     mask_BT = batch.attention_mask_BT.to(device)
     inputs = {"input_ids": batch.input_ids_BT.to(device), "attention_mask": mask_BT}
@@ -108,8 +123,9 @@ def _inputs(batch: Batch, device: torch.device) -> dict[str, Tensor]:
 class _Collector:
     """Adds each site's kept tokens to its moment."""
 
-    def __init__(self) -> None:
+    def __init__(self, source: str) -> None:
         self.moments: dict[str, SecondMoment] = {}
+        self._source = source
         self._kept_N: Tensor
         self._batch: Batch
 
@@ -117,6 +133,7 @@ class _Collector:
         """Take the next batch's mask."""
         self._batch = batch
         self._kept_N = batch.kept_BT.reshape(-1).nonzero()[:, 0].to(device)
+        self._num_samples = int(batch.kept_BT.bool().any(1).sum())
 
     def observe(self, site: str, x: Tensor) -> None:
         """Add one site's tokens of the current batch."""
@@ -132,13 +149,13 @@ class _Collector:
         # A NaN or inf anywhere makes its column's sum non-finite: one read of x, no copy.
         if not bool(x_ND.sum(0, dtype=self.moments[site].sum_D.dtype).isfinite().all()):
             self._refuse(site, x_ND)
-        self.moments[site].add_(x_ND, num_samples=len(self._batch.index))
+        self.moments[site].add_(x_ND, num_samples=self._num_samples)
 
     def _refuse(self, site: str, x_ND: Tensor) -> None:
         bad = int((~x_ND.isfinite()).any(1).nonzero()[0, 0])
         position = int(self._kept_N[bad])
         row = self._batch.index[position // self._batch.kept_BT.shape[1]]
         raise CalibrationError(
-            f"calibration: the input of layer {site} is NaN or inf at row {row} of the data "
-            "(from 0); remove that row, or load the model in float32 or bfloat16"
+            f"calibration: the input of layer {site} is NaN or inf at row {row} of "
+            f"{self._source} (from 0); remove that row, or load the model in float32 or bfloat16"
         )

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from forgetless.models.state import left_as_found
 from forgetless.models.targets import Target, base_of
+from forgetless.models.untouched import refuse_touched_base
 
 SiteCallback = Callable[[str, Tensor], None]
 
@@ -82,12 +83,20 @@ def observe_sites(
 def base_forward(model: nn.Module) -> Iterator[nn.Module]:
     """Around every forward pass of the base: adapters off, eval mode, no gradients; all restored.
 
+    Autocast is off too: what is seen is the model in the dtype of its weights.
+
     Yields the decoder without its output head, so that no logits are computed.
+
+    Raises:
+        AdapterError: A base that an adapter has changed.
     """
+    refuse_touched_base(model)
     with ExitStack() as stack:
         stack.enter_context(left_as_found(model))
         if isinstance(model, PeftModel):
             stack.enter_context(model.disable_adapter())
         stack.enter_context(torch.no_grad())
+        device = next(model.parameters()).device.type
+        stack.enter_context(torch.autocast(device, enabled=False))
         model.eval()
         yield base_of(model).base_model

@@ -22,7 +22,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from forgetless.adapters.forms import adapted_layers, factors
+from forgetless.adapters.forms import adapted_layers, down_projection, factors
 from forgetless.calibration.engine import SiteMoments
 from forgetless.calibration.hooks import base_forward
 from forgetless.data.rows import RowSet
@@ -176,7 +176,8 @@ def _probes(model: PeftModel, adapter: str) -> dict[str, _LayerProbe]:
         if name in targets:
             a_RD, b_OR = factors(layer, adapter)
             core_RD = torch.linalg.qr(b_OR).R @ a_RD
-            probes[name] = _LayerProbe(targets[name], core_RD, row_space(a_RD))
+            basis_DP = row_space(down_projection(layer, adapter))
+            probes[name] = _LayerProbe(targets[name], core_RD, basis_DP)
     if not probes:
         raise AdapterError(
             f"movement: expected a LoRA on linear layers, got adapter {adapter!r} with none; "

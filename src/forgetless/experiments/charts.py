@@ -25,7 +25,7 @@ from forgetless.experiments.runs import (
     items_of,
     loss,
     metric_of,
-    retention_metric,
+    retention_metrics,
 )
 
 
@@ -96,7 +96,7 @@ def loss_panel(runs: Sequence[Run]) -> Panel | None:
 
 
 def _trade_off(runs: Sequence[Run], gain: str, kept: str) -> Panel | None:
-    lost_by = retention_metric(runs, kept)
+    lost_by = next(iter(retention_metrics(runs, kept)), None)
     gained_by = _gain_of_scaled(runs, gain)
     if lost_by is None or gained_by is None:
         return None

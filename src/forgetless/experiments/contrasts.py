@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from forgetless.evaluation.pairing import difference
 from forgetless.evaluation.results import Estimate, ItemResult, Side
 from forgetless.experiments.numbers import change_text, is_share, range_text
-from forgetless.experiments.runs import Run, improvement, is_significant, loss, metric_of
+from forgetless.experiments.runs import (
+    Run,
+    improvement,
+    is_significant,
+    kl_floor,
+    loss,
+    metric_of,
+)
 
-# Two gains are called the same where the paired interval of their difference lies within these.
+# Two gains are called the same where the paired interval of their difference lies within these, and
+# within this part of the larger gain: a tenth of a small gain is no sameness.
 MARGIN_SHARE = 0.05
 MARGIN_NATS = 0.05
+MARGIN_PART = 0.1
 
 Sign = Literal[-1, 0, 1]
 
@@ -25,6 +35,7 @@ class Contrast:
         ours: Gain or loss of the one run, more is more.
         theirs: The other's.
         paired: The difference on the same rows; None where only the two intervals can be compared.
+        floor: Values up to this are rounding, and differences between two of them nothing.
     """
 
     item: str
@@ -32,10 +43,13 @@ class Contrast:
     ours: Estimate
     theirs: Estimate
     paired: Estimate | None
+    floor: float = -math.inf
 
     @property
     def sign(self) -> Sign:
         """1 where the first is larger, -1 where smaller, 0 where these rows cannot tell."""
+        if max(self.ours.mean, self.theirs.mean) <= self.floor:
+            return 0
         if self.paired is not None:
             if not is_significant(self.paired):
                 return 0
@@ -51,8 +65,13 @@ class Contrast:
         """Whether the paired interval shows that both are equal up to the margin."""
         if self.paired is None or self.paired.n <= 1:
             return False
-        margin = MARGIN_SHARE if is_share(self.metric) else MARGIN_NATS
-        return -margin < self.paired.low and self.paired.high < margin
+        return -self.margin < self.paired.low and self.paired.high < self.margin
+
+    @property
+    def margin(self) -> float:
+        """Differences within ± this are called the same."""
+        absolute = MARGIN_SHARE if is_share(self.metric) else MARGIN_NATS
+        return min(absolute, MARGIN_PART * max(abs(self.ours.mean), abs(self.theirs.mean)))
 
     @property
     def interval(self) -> str:
@@ -74,7 +93,8 @@ def contrast(run: Run, other: Run, item: str, side: Side, metric: str) -> Contra
     ours, theirs = (_size(r, item, side, metric) for r in (run, other))
     if ours is None or theirs is None:
         return None
-    return Contrast(item, metric, ours, theirs, _paired(run, other, item, side, metric))
+    floor = max(kl_floor(run), kl_floor(other)) if metric == "kl" else -math.inf
+    return Contrast(item, metric, ours, theirs, _paired(run, other, item, side, metric), floor)
 
 
 def _size(run: Run, item: str, side: Side, metric: str) -> Estimate | None:

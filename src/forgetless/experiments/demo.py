@@ -6,7 +6,6 @@ again. What was finished is not done twice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +87,7 @@ def run_demo(
     plain = run(_recipe(folder, files, "lora", best, quick), progress=heard, resume=resume)
     heard.note("LoRA-Null at its default rate")
     null = run(_recipe(folder, files, "lora-null", None, quick), progress=heard, resume=resume)
-    records = _marked([load_record(path) for path in (plain, null)], quick)
+    records = (load_record(plain), load_record(null))
     report = write_report(records, folder / "report.html")
     return DemoResult(records, report, validation)
 
@@ -153,6 +152,7 @@ def _recipe(
             ],
         },
         "label": LABELS[method],
+        "claims": not quick,
         "output": str(folder / name),
     }
     if rate is not None:
@@ -161,10 +161,3 @@ def _recipe(
         folder / f"{name}.yaml", yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
     )
     return load_recipe(path)
-
-
-def _marked(records: Sequence[Record], quick: bool) -> tuple[Record, ...]:
-    """Records as the report reads them: those of a quick demo say that they claim nothing."""
-    if not quick:
-        return tuple(records)
-    return tuple(r.model_copy(update={"recipe": r.recipe | {"quick": True}}) for r in records)

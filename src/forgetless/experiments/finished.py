@@ -5,7 +5,8 @@ from __future__ import annotations
 from forgetless.errors import RecipeError
 from forgetless.experiments.checks import data_of, items_of
 from forgetless.experiments.data_files import changed_files
-from forgetless.experiments.output import RunFolder, differing, plain_recipe
+from forgetless.experiments.numbers import join_words
+from forgetless.experiments.output import SHOWING, RunFolder, differing, plain_recipe
 from forgetless.experiments.progress import Progress
 from forgetless.experiments.record import Record, load_record, save_record
 from forgetless.experiments.report import write_report
@@ -33,9 +34,9 @@ def settle(recipe: Recipe, folder: RunFolder, heard: Progress) -> bool:
     if not keys and not files:
         heard.note(f"{folder.path} is finished already; remove it to run again")
         return True
-    if keys == ["label"] and not files:
+    if SHOWING.issuperset(keys) and not files:
         _relabel(recipe, folder, record)
-        heard.note(f"{folder.path} is finished already; only its label is new")
+        heard.note(f"{folder.path} is finished already; only {join_words(keys)} is new")
         return True
     names = ", ".join([*keys, *files])
     if latest_checkpoint(folder.checkpoints) is None:

@@ -44,7 +44,7 @@ def markdown_table(records: Sequence[Record]) -> str:
     rule = ["---", *("---:" for _ in lines[0][1:])]
     text = [_markdown_line(line) for line in [lines[0], *lines[1:]]]
     text.insert(1, f"| {' | '.join(rule)} |")
-    if any(run.record.recipe.get("quick") for run in runs):
+    if any(run.record.recipe.get("claims") is False for run in runs):
         text += ["", "Quick run: nothing is claimed."]
     elif reasons := not_comparable(runs):
         text += ["", f"Not comparable: {_markdown_text('; '.join(reasons))}."]

@@ -1,10 +1,16 @@
-"""What plain LoRA, scaled down to a method's gain, would have forgotten: the free alternative."""
+"""What plain LoRA, scaled down to a method's gain, would have forgotten: the free alternative.
+
+Between two measured scales the root of KL is interpolated, linear in the gain: KL grows about as
+the square of the scale, so that KL itself would be overstated between them, to plain LoRA's harm.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from forgetless.evaluation.results import Estimate, EvaluationReport
+from forgetless.experiments.contrasts import contrast
 from forgetless.experiments.numbers import metric_name, one_line, plain
 from forgetless.experiments.runs import Run, gain_metric, improvement, items_of, metric_of
 
@@ -21,7 +27,11 @@ def against_scaled_lora(run: Run, lora: Run) -> list[str]:
             if ours is None or any(g is None for g in gains):
                 continue
             path = [0.0, *(g.mean for g in gains if g is not None)]
-            return _matched(run, lora, reports, path, ours.mean, f"{metric_name(metric)} gain")
+            found = contrast(run, lora, item, "gain", metric)
+            # Where rows cannot tell the gains apart, LoRA as it is stands at the method's gain.
+            apart = found is None or found.sign != 0
+            target = ours.mean if apart else min(ours.mean, path[-1])
+            return _matched(run, lora, reports, path, target, f"{metric_name(metric)} gain")
     return []
 
 
@@ -37,7 +47,11 @@ def _matched(
         return []
     reached = [i for i in range(1, len(gains)) if gains[i - 1] < target <= gains[i]]
     if not reached:
-        return [f"No scale of {lora.name} reaches the {gain} of {run.name}."]
+        scales = ", ".join(f"{report.scale:g}" for report in reports)
+        return [
+            f"None of the measured scales of {lora.name} ({scales}) reaches the {gain} "
+            f"of {run.name}."
+        ]
     step = reached[0]
     share = (target - gains[step - 1]) / (gains[step] - gains[step - 1])
     words, worse = [], 0
@@ -46,8 +60,8 @@ def _matched(
         ours = metric_of(run.record.evaluation, item, "retention", "kl")
         if ours is None or any(k is None for k in kls):
             continue
-        path = [0.0, *(k.tuned.mean for k in kls if k is not None)]
-        cost = path[step - 1] + share * (path[step] - path[step - 1])
+        path = [0.0, *(math.sqrt(max(k.tuned.mean, 0)) for k in kls if k is not None)]
+        cost = (path[step - 1] + share * (path[step] - path[step - 1])) ** 2
         worse += cost <= ours.tuned.mean
         words.append(f"{plain(cost)} on {one_line(item)} (against {plain(ours.tuned.mean)})")
     if not words:

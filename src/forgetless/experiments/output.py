@@ -28,8 +28,10 @@ _FREE = frozenset(
         "training.report_to",
     }
 )
+# What changes nothing but words in the report.
+SHOWING = frozenset({"label", "claims"})
 # What changes the figures, but not the adapter: a run that is trained is measured again.
-_MEASURING = frozenset({"evaluation", "label"})
+_MEASURING = frozenset({"evaluation", *SHOWING})
 _BANK_SECONDS = 5.0
 
 

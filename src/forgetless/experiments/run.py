@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from forgetless.adapters.attach import Attached, attach_rows
-from forgetless.adapters.export import check_round_trip, export
+from forgetless.adapters.export import export
+from forgetless.adapters.round_trip import check_round_trip
 from forgetless.data.rows import RowSet
 from forgetless.errors import ArtefactError
 from forgetless.evaluation.evaluate import evaluate
@@ -245,6 +246,7 @@ class _Run:
             options=options,
             output=self.folder.checkpoints,
             seed=self.recipe.seed,
+            start=attached.origin,
             validation_rows=data.validation_rows,
             callbacks=[ReportSteps(self._advance)],
         )
@@ -298,4 +300,5 @@ class _Run:
             "folder": self.folder.adapter.name,
             "max_difference": check.max_difference,
             "max_logit": check.max_logit,
+            "max_update_error": check.max_update_error,
         }

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from forgetless.evaluation.items import GENERATED
 from forgetless.evaluation.results import Estimate, EvaluationReport, MetricResult, Side
 from forgetless.experiments.numbers import is_share, join_words, one_line
 from forgetless.experiments.record import Record
@@ -123,7 +125,8 @@ def gain_metric(runs: Sequence[Run], item: str) -> str | None:
         return (is_share(metric) and _is_silent(runs, item, metric), not is_share(metric),
                 metric != "nll")  # fmt: skip
 
-    return _shared_metric(runs, item, "gain", key=order, without=("kl",))
+    metrics = _shared_metrics(runs, item, "gain", key=order)
+    return next((metric for metric in metrics if metric != "kl"), None)
 
 
 def gains_of(run: Run) -> list[tuple[str, MetricResult]]:
@@ -162,24 +165,22 @@ def _is_silent(runs: Sequence[Run], item: str, metric: str) -> bool:
     )
 
 
-def retention_metric(runs: Sequence[Run], item: str) -> str | None:
-    """The metric that stands for an item's forgetting: KL, else NLL, else the first of all."""
-    return _shared_metric(runs, item, "retention", key=lambda m: (m != "kl", m != "nll"))
+def retention_metrics(runs: Sequence[Run], item: str) -> list[str]:
+    """The metrics of an item's forgetting that every run has: KL, NLL, then the others."""
+    return _shared_metrics(
+        runs, item, "retention", key=lambda metric: (metric != "kl", metric != "nll")
+    )
 
 
-def _shared_metric(
-    runs: Sequence[Run],
-    item: str,
-    side: Side,
-    *,
-    key: Callable[[str], tuple[bool, ...]],
-    without: tuple[str, ...] = (),
-) -> str | None:
+def _shared_metrics(
+    runs: Sequence[Run], item: str, side: Side, *, key: Callable[[str], tuple[bool, ...]]
+) -> list[str]:
+    found = []
     for metric in sorted((m for name, m in measured(runs, side) if name == item), key=key):
         results = [metric_of(run.record.evaluation, item, side, metric) for run in runs]
-        if metric not in without and all(r is not None and loss(r) is not None for r in results):
-            return metric
-    return None
+        if all(r is not None and loss(r) is not None for r in results):
+            found.append(metric)
+    return found
 
 
 def items_of(runs: Sequence[Run], side: Side) -> list[str]:
@@ -192,12 +193,31 @@ def not_comparable(runs: Sequence[Run]) -> list[str]:
     reasons = []
     if len({run.record.model.fingerprint for run in runs}) > 1:
         reasons.append(_models_differ(runs))
+    if _differ({d.fingerprint for d in r.record.data if d.role == "train"} for r in runs):
+        reasons.append("the train rows differ")
     for side in ("gain", "retention"):
         for item in items_of(runs, side):
-            rows = [{d.fingerprint for d in r.record.data if d.role == item} for r in runs]
-            if len({frozenset(fingerprints) for fingerprints in rows if fingerprints}) > 1:
+            if _differ({d.fingerprint for d in r.record.data if d.role == item} for r in runs):
                 reasons.append(f"the rows of {one_line(item)} differ")
+            if _differ(_generation_limits(run, side, item) for run in runs):
+                reasons.append(f"max_new_tokens of {one_line(item)} differs")
     return list(dict.fromkeys(reasons))
+
+
+def _differ(known: Iterable[set[Any]]) -> bool:
+    """Whether runs disagree; a record that does not tell agrees with all."""
+    return len({frozenset(values) for values in known if values}) > 1
+
+
+def _generation_limits(run: Run, side: Side, item: str) -> set[Any]:
+    """`max_new_tokens` of an item whose answers are generated."""
+    result = next(
+        (i for i in run.record.evaluation.items if (i.name, i.side) == (item, side)), None
+    )
+    if result is None or not GENERATED & set(result.metrics):
+        return set()
+    items = run.record.recipe.get("evaluation", {}).get(side, [])
+    return {i["max_new_tokens"] for i in items if i.get("name") == item and "max_new_tokens" in i}
 
 
 def _models_differ(runs: Sequence[Run]) -> str:

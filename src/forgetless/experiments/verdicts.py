@@ -29,7 +29,7 @@ from forgetless.experiments.runs import (
     has_gained,
     items_of,
     kl_floor,
-    retention_metric,
+    retention_metrics,
 )
 
 Outcome = Literal["more", "less", "same", "some more", "some less", "mixed", "unclear", "unknown"]
@@ -71,6 +71,14 @@ _LORA_DID = {
     ("unknown", "more"): "it forgot less",
 }
 _METHOD_BETTER = {("more", "less"), ("same", "less"), ("unknown", "less"), ("more", "unknown")}
+# What to say in place of forgetting where KL alone tells two runs apart; longer phrases first.
+_BY_KL = {
+    "forgot less than {lora}": "moved less from the base than {lora}",
+    "forgot more than {lora}": "moved further from the base than {lora}",
+    "which forgot more": "which moved further from the base",
+    "forgot less": "moved less from the base",
+    "forgot more": "moved further from the base",
+}
 _RUN = "\0"  # stands for the method's name in a clause; no name holds it, names are cleaned
 
 
@@ -87,9 +95,23 @@ class Verdict:
     details: tuple[str, ...]
 
     @property
+    def gained_nothing(self) -> bool:
+        """Whether the method learnt nothing significant: then it has not won, whatever it kept."""
+        return self.gain != "unknown" and not has_gained(self.run)
+
+    @property
     def only_lora_gained(self) -> bool:
-        """Whether plain LoRA learnt something, and the method nothing significant."""
-        return self.gain != "unknown" and has_gained(self.lora) and not has_gained(self.run)
+        """Whether plain LoRA learnt something, the method nothing, and these rows tell them apart.
+
+        One significant change beside one that is not is no difference yet.
+        """
+        apart = self.gain in ("less", "some less")
+        return apart and self.gained_nothing and has_gained(self.lora)
+
+    @property
+    def by_kl_alone(self) -> bool:
+        """Whether only KL tells them apart: a changed model, which need not be a worse one."""
+        return all(c.metric == "kl" for c in self.losses if c.sign)
 
     @property
     def lora_won(self) -> bool:
@@ -99,7 +121,7 @@ class Verdict:
     @property
     def method_won(self) -> bool:
         """Whether the method was better on one side and not worse on the other."""
-        return not self.only_lora_gained and (self.gain, self.forgot) in _METHOD_BETTER
+        return not self.gained_nothing and (self.gain, self.forgot) in _METHOD_BETTER
 
 
 def judge(run: Run, lora: Run) -> Verdict:
@@ -112,9 +134,9 @@ def judge(run: Run, lora: Run) -> Verdict:
         gains += [found] if found else []
     losses: list[Contrast] = []
     for item in items_of(pair, "retention"):
-        metric = retention_metric(pair, item)
-        found = contrast(run, lora, item, "retention", metric) if metric else None
-        losses += [found] if found else []
+        for metric in retention_metrics(pair, item):
+            found = contrast(run, lora, item, "retention", metric)
+            losses += [found] if found else []
     same = bool(gains) and all(c.is_same for c in gains)
     details = [*_in_figures(run, lora, gains, losses), *against_scaled_lora(run, lora)]
     return Verdict(
@@ -156,15 +178,35 @@ def lora_words(lora: Run) -> str:
 
 def _clause(verdict: Verdict) -> str:
     """One verdict in words, with `_RUN` where the method's name belongs."""
-    key, lora = (verdict.gain, verdict.forgot), lora_words(verdict.lora)
+    words = _words(verdict)
+    if verdict.by_kl_alone:
+        for forgot, moved in _BY_KL.items():
+            words = words.replace(forgot, moved)
+    if verdict.gained_nothing and not verdict.only_lora_gained:
+        words += f"; {_RUN} gained nothing significant"
+    places = {
+        "{less}": _where(verdict.losses, -1),
+        "{more}": _where(verdict.losses, 1),
+        "{gained_less}": _where(verdict.gains, -1),
+        "{gained_more}": _where(verdict.gains, 1),
+        "{lora}": lora_words(verdict.lora),  # last: a label may hold any text
+    }
+    for place, text in places.items():
+        words = words.replace(place, text)
+    return words
+
+
+def _words(verdict: Verdict) -> str:
+    """The clause with places for names: `_RUN`, `{lora}`, `{less}` …."""
+    key = (verdict.gain, verdict.forgot)
     if verdict.only_lora_gained:
-        return f"{lora} did better than {_RUN} at learning: {_RUN} gained nothing significant"
+        return f"{{lora}} did better than {_RUN} at learning: {_RUN} gained nothing significant"
     if key in _LORA_DID:
-        return f"{lora} did better than {_RUN}: {_LORA_DID[key]}"
+        return f"{{lora}} did better than {_RUN}: {_LORA_DID[key]}"
     if key == ("unknown", "unknown"):
-        return f"{_RUN} and {lora} were measured on nothing that both have"
+        return f"{_RUN} and {{lora}} were measured on nothing that both have"
     if verdict.forgot not in _FIRST and verdict.gain not in _GAIN_ONLY:
-        return f"{_RUN} against {lora}: these rows cannot tell which did better"
+        return f"{_RUN} against {{lora}}: these rows cannot tell which did better"
     if key in _BOTH_UP:
         words = _BOTH_UP[key]
     elif verdict.forgot in _FIRST:
@@ -172,33 +214,42 @@ def _clause(verdict: Verdict) -> str:
     else:
         unclear = "; which forgot more, these rows cannot tell"
         words = _GAIN_ONLY[verdict.gain] + (unclear if verdict.forgot == "unclear" else "")
-    places = {
-        "{less}": _where(verdict.losses, -1),
-        "{more}": _where(verdict.losses, 1),
-        "{gained_less}": _where(verdict.gains, -1),
-        "{gained_more}": _where(verdict.gains, 1),
-        "{lora}": lora,  # last: a label may hold any text
-    }
-    for place, text in places.items():
-        words = words.replace(place, text)
     return f"{_RUN} {words}"
 
 
+def _signs(contrasts: Sequence[Contrast]) -> dict[str, set[int]]:
+    """By item, the directions in which its metrics tell two runs apart: none, one, or both."""
+    signs: dict[str, set[int]] = {}
+    for c in contrasts:
+        signs.setdefault(c.item, set()).update({c.sign} - {0})
+    return signs
+
+
 def _where(contrasts: Sequence[Contrast], sign: int) -> str:
-    names = [one_line(c.item) for c in contrasts if c.sign == sign]
-    return join_words(names) if names else ""
+    """Items of a direction; with the metric where another metric of the item says the opposite."""
+    signs = _signs(contrasts)
+    names = [
+        f"{one_line(c.item)} by {metric_name(c.metric)}"
+        if len(signs[c.item]) > 1
+        else one_line(c.item)
+        for c in contrasts
+        if c.sign == sign
+    ]
+    return join_words(list(dict.fromkeys(names))) if names else ""
 
 
 def _outcome(contrasts: Sequence[Contrast]) -> Outcome:
+    """Over items; metrics of one item that tell nothing do not weaken one that does."""
     if not contrasts:
         return "unknown"
-    up, down = (sum(c.sign == sign for c in contrasts) for sign in (1, -1))
+    signs = _signs(contrasts)
+    up, down = (sum(sign in found for found in signs.values()) for sign in (1, -1))
     if up and down:
         return "mixed"
     if up:
-        return "more" if up == len(contrasts) else "some more"
+        return "more" if up == len(signs) else "some more"
     if down:
-        return "less" if down == len(contrasts) else "some less"
+        return "less" if down == len(signs) else "some less"
     return "unclear"
 
 
@@ -227,7 +278,8 @@ def _gain_in_figures(run: Run, lora: Run, c: Contrast) -> str:
     head = f"{run.name} gained {ours} to {lora.name}'s {theirs} ({what})"
     known = f" ({c.interval})" if c.interval else " (intervals of the two runs, not paired)"
     if c.is_same:
-        return f"{head}: the same within the margin{known}."
+        apart = f"{c.size} {'more' if c.sign > 0 else 'less'}, " if c.sign else "the same "
+        return f"{head}: {apart}within the margin{known}."
     if c.sign:
         return f"{head}: {c.size} {'more' if c.sign > 0 else 'less'}{known}."
     return f"{head}, a difference that these rows cannot tell from 0{known}."

@@ -46,6 +46,32 @@ def concatenated_delta(
     return torch.cat([a_RD, fixed_A_RD], dim=0), torch.cat([fixed_B_OR + b_OR, b_OR], dim=1)
 
 
+def distance(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """‖B A − B' A'‖ and ‖B A‖ in the Frobenius norm, without forming an O x D matrix.
+
+    Args:
+        one: A (R, D) and B (O, R).
+        other: A' (R', D) and B' (O, R'); R' may differ from R.
+
+    Returns:
+        Two scalars, float64 where the device has it.
+    """
+    wide = torch.float32 if one[0].device.type == "mps" else torch.float64
+    (a_RD, b_OR), (other_a, other_b) = ((a.to(wide), b.to(wide)) for a, b in (one, other))
+    with full_precision():
+        return (
+            _product_norm(torch.cat([a_RD, other_a]), torch.cat([b_OR, -other_b], dim=1)),
+            _product_norm(a_RD, b_OR),
+        )
+
+
+def _product_norm(a_RD: Tensor, b_OR: Tensor) -> Tensor:
+    """‖B A‖ from the triangular factors of B and Aᵀ."""
+    core_RR: Tensor = torch.linalg.qr(b_OR).R @ torch.linalg.qr(a_RD.T).R.T
+    norm: Tensor = torch.linalg.matrix_norm(core_RR)
+    return norm
+
+
 def row_space(a_RD: Tensor) -> Tensor:
     """Orthonormal basis (D, R') of the row space of A, R' its numerical rank (0 for A = 0)."""
     _, sigma_K, right_KD = torch.linalg.svd(a_RD, full_matrices=False)

@@ -72,7 +72,9 @@ class ContrastBasis:
         return int((self.eigenvalues_R < -self.tolerance).sum())
 
 
-def contrast_basis(weight_OD: Tensor, contrast_DD: Tensor, rank: int) -> ContrastBasis:
+def contrast_basis(
+    weight_OD: Tensor, contrast_DD: Tensor, rank: int, *, scale: float = 0.0
+) -> ContrastBasis:
     """Top-R eigenvectors of the output-side matrix W S Wᵀ, from a problem of size min(D, O).
 
     Where O > D, the literal top-R of the O x O matrix goes on with directions outside range(W)
@@ -80,12 +82,15 @@ def contrast_basis(weight_OD: Tensor, contrast_DD: Tensor, rank: int) -> Contras
 
     Solved in float64 where min(D, O) <= 4096 and the device has it, and cast back: eigenvalues
     span eight orders of magnitude, of which a float32 solve of that width tells four from zero.
-    What is left is the rounding of S itself, so that the tolerance is λmax·(ε(S) + K·ε(solve)).
+    What is left is the rounding of S itself, so that the tolerance is λ·(ε(S) + K·ε(solve)), with λ
+    the largest eigenvalue or `scale`, whichever is larger: S may be a small difference of two
+    large moments, and is no more exact than they are.
 
     Args:
         weight_OD: W; append the bias as a column (`augment_bias`) where the layer has one.
         contrast_DD: S, symmetric.
         rank: R, 1 <= R <= O.
+        scale: Size of what S was made from: the sum of the traces of W S₊ Wᵀ and W S₋ Wᵀ.
 
     Raises:
         ValueError: rank outside 1..O.
@@ -98,13 +103,17 @@ def contrast_basis(weight_OD: Tensor, contrast_DD: Tensor, rank: int) -> Contras
         wide = torch.float64
     with full_precision():
         basis_OR, values_R, tolerance = _solve_contrast(
-            weight_OD.to(wide), contrast_DD.to(wide), rank, torch.finfo(contrast_DD.dtype).eps
+            weight_OD.to(wide),
+            contrast_DD.to(wide),
+            rank,
+            input_eps=torch.finfo(contrast_DD.dtype).eps,
+            scale=scale,
         )
     return ContrastBasis(basis_OR.to(weight_OD), values_R.to(weight_OD), tolerance)
 
 
 def _solve_contrast(
-    weight_OD: Tensor, contrast_DD: Tensor, rank: int, input_eps: float
+    weight_OD: Tensor, contrast_DD: Tensor, rank: int, *, input_eps: float, scale: float
 ) -> tuple[Tensor, Tensor, float]:
     """Basis, eigenvalues and tolerance of `contrast_basis`, in the dtype of the arguments."""
     num_out, num_in = weight_OD.shape
@@ -117,7 +126,7 @@ def _solve_contrast(
     values_K, vectors_KK = torch.linalg.eigh((small_KK + small_KK.T) / 2)
     values_K, vectors_KK = values_K.flip(0), vectors_KK.flip(1)
     solve_eps = small_KK.shape[0] * torch.finfo(values_K.dtype).eps
-    tolerance = float(values_K.abs().max()) * (input_eps + solve_eps)
+    tolerance = max(float(values_K.abs().max()), scale) * (input_eps + solve_eps)
     if q_OK is None:
         return vectors_KK[:, :rank].contiguous(), values_K[:rank], tolerance
     num_inside = min(int((values_K >= -tolerance).sum()), rank)

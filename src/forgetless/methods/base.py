@@ -86,8 +86,6 @@ class Method(ABC):
         default_learning_rate: Used where the user gives none.
         learning_rate_source: Where that figure comes from.
         default_weight_decay: Used where the user gives none.
-        uses_bottom_directions: Whether the weakest directions of a moment matter, so that fewer
-            kept tokens than a site is wide leave them undetermined.
     """
 
     rank: int = 32
@@ -98,7 +96,6 @@ class Method(ABC):
     paper: ClassVar[str]
     promise: ClassVar[str]
     default_weight_decay: ClassVar[float] = 0.0
-    uses_bottom_directions: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the options that all methods share."""
@@ -126,6 +123,14 @@ class Method(ABC):
     @abstractmethod
     def needs(self) -> frozenset[Role]:
         """Which data must be calibrated on."""
+
+    @property
+    def bottom_roles(self) -> frozenset[Role]:
+        """Data whose weakest directions are what the method picks.
+
+        Fewer kept tokens than a site is wide leave those directions undetermined.
+        """
+        return frozenset()
 
     @property
     @abstractmethod

@@ -51,7 +51,6 @@ class LoRANull(Method):
         "trains: b keeps every layer's output on inputs like the preserve data, whatever B "
         "becomes; trains: both only starts there"
     )
-    uses_bottom_directions: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -76,6 +75,11 @@ class LoRANull(Method):
     @property
     def needs(self) -> frozenset[Role]:
         """Preserve data only."""
+        return frozenset({"preserve"})
+
+    @property
+    def bottom_roles(self) -> frozenset[Role]:
+        """The null space is that of preserve data."""
         return frozenset({"preserve"})
 
     @property

@@ -85,6 +85,11 @@ class SCLoRA(Method):
         return frozenset(roles)
 
     @property
+    def bottom_roles(self) -> frozenset[Role]:
+        """At β = 1 the directions are the weakest of preserve data, and nothing else."""
+        return frozenset({"preserve"}) if self.beta == 1 else frozenset()
+
+    @property
     def default_learning_rate(self) -> float:
         """2e-4."""
         return 2e-4
@@ -99,6 +104,7 @@ class SCLoRA(Method):
     ) -> AdapterInit:
         """B0 = S and A0 = Sᵀ W; counts how many directions earn a positive reward."""
         contrast: Tensor | None = None
+        scale = 0.0
         augmented = layer.weight_OD
         sides: tuple[tuple[Role, float], ...] = (
             ("train", 1 - self.beta),
@@ -109,8 +115,9 @@ class SCLoRA(Method):
                 continue
             augmented, moment = self._normalised(layer, stats.of(role, layer.name))
             contrast = weight * moment if contrast is None else contrast + weight * moment
+            scale += abs(weight) * float(output_energy(augmented, moment))
         assert contrast is not None  # beta cannot be 0 and 1
-        found = contrast_basis(augmented, contrast, self.rank)
+        found = contrast_basis(augmented, contrast, self.rank, scale=scale)
         with full_precision():
             a_RD, b_OR = found.basis_OR.T @ layer.weight_OD, found.basis_OR
         if self.negative == "drop":

@@ -29,7 +29,7 @@ from forgetless.training.identity import RunIdentity, adapter_tensors
 
 MARKER = "forgetless.json"
 STARTED = "forgetless-started.txt"
-_SCHEMA = 2
+_SCHEMA = 3
 ADAPTER_FILE = "adapter_model.safetensors"
 
 
@@ -38,7 +38,7 @@ class Marker(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     step: int
     resumed_from: tuple[int, ...]
     files: dict[str, int]

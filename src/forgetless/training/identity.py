@@ -26,8 +26,8 @@ class RunIdentity(BaseModel):
         rank: Its rank.
         alpha: Its alpha.
         scaling: The factor on ΔW, of all layers; a hash of the factors where layers differ.
-        frozen: Hash of the adapter's tensors that do not train (A0 of `b`, B0 of `a`, both of
-            `both`), which PEFT would load, or miss, silently.
+        start: What the adapter's start follows from, as `attach` tells it; where nobody told, a
+            hash of the tensors that do not train (A0 of `b`, B0 of `a`, both of `both`).
         data: Fingerprint of the train rows in their order.
         options: The training options that change the weights, with bf16 as the hardware decided
             it, and the seed.
@@ -42,7 +42,7 @@ class RunIdentity(BaseModel):
     rank: int
     alpha: float
     scaling: str
-    frozen: str
+    start: str
     data: str
     options: dict[str, Any]
     device: str
@@ -55,9 +55,19 @@ class RunIdentity(BaseModel):
 
 
 def identity_of(
-    model: PeftModel, adapter: str, *, data: str, options: TrainingOptions, seed: int
+    model: PeftModel,
+    adapter: str,
+    *,
+    data: str,
+    options: TrainingOptions,
+    seed: int,
+    start: str | None = None,
 ) -> RunIdentity:
-    """Describe a run by its attached model, its data and its options, before the first step."""
+    """Describe a run by its attached model, its data and its options, before the first step.
+
+    `start` names what the adapter's start follows from. The checkpoint holds the start itself: a
+    resume takes it from there, as the same solve with another number of threads ends in other bits.
+    """
     device = model.get_base_model().device
     config = model.peft_config[adapter]
     return RunIdentity(
@@ -67,7 +77,7 @@ def identity_of(
         rank=config.r,
         alpha=config.lora_alpha,
         scaling=_scaling(model, adapter),
-        frozen=_frozen_hash(model, adapter),
+        start=_frozen_hash(model, adapter) if start is None else start,
         data=data,
         options={**options.identity(), "bf16": options.uses_bf16(device), "seed": seed},
         device=device.type,

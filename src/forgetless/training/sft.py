@@ -46,6 +46,7 @@ def train(
     options: TrainingOptions,
     output: Path,
     seed: int,
+    start: str | None = None,
     validation_rows: Sequence[TokenRow] = (),
     callbacks: Iterable[TrainerCallback] = (),
 ) -> TrainingFacts:
@@ -58,6 +59,7 @@ def train(
         options: How to train.
         output: Folder of the checkpoints, of this run only.
         seed: Seeds the order of the rows.
+        start: What the adapter's start follows from (`Attached.origin`), to tell runs apart.
         validation_rows: Rows to score with the trained model; never trained on.
         callbacks: Further callbacks of transformers, such as `ReportSteps`.
 
@@ -75,8 +77,8 @@ def train(
     if validation_rows:
         learnable(validation_rows, "validation data")
     data = fingerprint_token_rows(rows)
-    identity = identity_of(model, adapter, data=data, options=options, seed=seed)
-    start = _trainable(model)
+    identity = identity_of(model, adapter, data=data, options=options, seed=seed, start=start)
+    before = _trainable(model)
     point = resume_point(output, identity)
     resumed_from = () if point is None else point[1].resumed_from
     if point is not None and point[1].step >= options.num_steps(len(rows)):
@@ -103,7 +105,7 @@ def train(
             align_adapter_dtype(model, adapter)
             trainer.train(resume_from_checkpoint=None if point is None else str(point[0]))
             state = trainer.state
-    _warn_if_unmoved(model, start, state.global_step)
+    _warn_if_unmoved(model, before, state.global_step)
     return TrainingFacts(
         learning_rate=options.learning_rate,
         learning_rate_source=options.learning_rate_source,
