@@ -54,8 +54,6 @@ def main() -> None:
                 f"evaluation.gain.0.path={arguments.data / 'gsm8k_test.jsonl'}",
                 f"evaluation.retention.0.path={arguments.data / 'nq_open_dev.jsonl'}",
                 f"evaluation.retention.1.path={arguments.data / 'webquestions_train.jsonl'}",
-                # The free baseline: plain LoRA's own update, turned down.
-                f"evaluation.scales={[0.25, 0.5] if label == 'lora 0.001' else []}",
                 f"output={folder}",
             ]
             print(f"== {label}", flush=True)

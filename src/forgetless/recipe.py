@@ -104,13 +104,14 @@ class EvaluationRecipe(_Part):
     Attributes:
         gain: Held-out data of the train task; metrics `nll` unless given.
         retention: Held-out data of what must be kept; metrics `nll` and `kl` unless given.
-        scales: Factors on ΔW at which the same adapter is measured too.
+        scales: Factors on ΔW at which the same adapter is measured too, without generating. Not
+            given: 0.25 and 0.5 for plain LoRA, the free baseline of every method; none for others.
         samples: Prompts an item for which base and tuned generations are kept.
     """
 
     gain: _Items = []
     retention: _Items = []
-    scales: list[Annotated[float, Field(gt=0)]] = []
+    scales: list[Annotated[float, Field(gt=0)]] | None = None
     samples: int = Field(default=3, ge=0)
 
     @model_validator(mode="before")

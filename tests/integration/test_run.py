@@ -101,6 +101,27 @@ def test_a_run_leaves_recipe_adapter_record_and_report(make_recipe, tiny_model_p
     assert json.loads((recipe.output / "adapter" / "adapter_config.json").read_text())["r"] == 4
 
 
+@pytest.mark.parametrize(("method", "scales"), [("lora", [0.25, 0.5]), ("lora-null", [])])
+def test_plain_lora_is_measured_turned_down_too_unless_told_otherwise(make_recipe, method, scales):
+    items = make_recipe().evaluation
+    record = load_record(
+        run(
+            make_recipe(
+                method={"name": method, "rank": 4},
+                evaluation={
+                    "gain": [item.model_dump(by_alias=True) for item in items.gain],
+                    "retention": [item.model_dump(by_alias=True) for item in items.retention],
+                    "samples": 0,
+                },
+            )
+        )
+    )
+    assert [report.scale for report in record.scaled] == scales
+    for report in record.scaled:
+        measured = {item.name: set(item.metrics) for item in report.items}
+        assert measured == {"task": {"nll"}, "facts": {"nll", "kl"}}
+
+
 def test_the_exported_adapter_loads_with_peft_alone_on_the_untouched_base(
     make_recipe, tiny_model_path
 ):

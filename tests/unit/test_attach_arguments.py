@@ -113,8 +113,8 @@ def test_layers_that_get_no_adapter_are_named_in_one_warning(
         attach(model, tiny_tokenizer, method="lora", rank=2)
     (message,) = [str(w.message) for w in heard if w.category is ForgetlessWarning]
     assert message.startswith("attach: 4 layers with weights get no adapter")
-    assert "model.layers.0.mlp.experts (Fused: fused 3-D weights" in message
-    assert message.endswith("; and 1 more")
+    assert "as they are: model.layers.0.mlp.experts, model.layers.1.mlp.experts, " in message
+    assert "model.layers.2.mlp.experts and 1 more (Fused: fused 3-D weights" in message
     assert "lm_head" not in message
     assert "embed_tokens" not in message
 

@@ -36,7 +36,7 @@ from forgetless.models.targets import (
 )
 from forgetless.models.untouched import refuse_touched_base
 
-SHOWN_SKIPS = 3
+SHOWN_SKIPS = 3  # of each reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +87,14 @@ def attach(
     """Calibrate, initialise and attach an adapter; hand the result to any trainer.
 
     Args:
-        model: A transformers causal language model, or a PeftModel that gets one more adapter.
+        model: A transformers causal language model or encoder-decoder, or a PeftModel that gets
+            one more adapter.
         tokenizer: Its tokenizer.
         method: A name, or a mapping of a name and options; `forgetless methods` lists them.
         rank: Shorthand for the method's option; alpha = rank unless the method says otherwise.
         preserve_data: What must not be forgotten: a data spec, path, hub id, `datasets.Dataset`,
-            list of strings, or "self". Only for methods that need it.
+            list of strings, or "self". Only for methods that need it. An encoder-decoder needs
+            rows of prompt and completion.
         train_data: What is to be learned; only for methods that need it.
         targets: Module names as in PEFT's `target_modules`; by default every linear layer but the
             head.
@@ -206,14 +208,21 @@ def _warn_of_skips(selection: TargetSelection) -> None:
     skipped = selection.unexpected_skips()
     if not skipped:
         return
-    shown = "; ".join(f"{n} ({why})" for n, why in list(skipped.items())[:SHOWN_SKIPS])
-    more = f"; and {len(skipped) - SHOWN_SKIPS} more" if len(skipped) > SHOWN_SKIPS else ""
+    by_reason: dict[str, list[str]] = {}
+    for name, why in skipped.items():
+        by_reason.setdefault(why, []).append(name)
+    shown = "; ".join(f"{_shown(names)} ({why})" for why, names in by_reason.items())
     warnings.warn(
         f"attach: {len(skipped)} layer{'s' if len(skipped) > 1 else ''} with weights get no "
-        f"adapter and stay as they are: {shown}{more}",
+        f"adapter and stay as they are: {shown}",
         ForgetlessWarning,
         stacklevel=3,
     )
+
+
+def _shown(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN_SKIPS} more" if len(names) > SHOWN_SKIPS else ""
+    return ", ".join(names[:SHOWN_SKIPS]) + more
 
 
 def _add_adapter(

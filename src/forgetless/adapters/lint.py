@@ -37,7 +37,10 @@ def lint_adapter(folder: Path | str, target: str, model: nn.Module | None = None
             f"target: expected one of {', '.join(ENGINES)}, got {target!r}; only engines that "
             "load PEFT adapters have rules"
         )
-    layers = None if model is None else list(find_targets(model).targets)
+    layers = None
+    if model is not None:
+        found = find_targets(model)
+        layers = [*found.targets, *found.unexpected_skips()]
     return ENGINES[target].breaches(_read(Path(folder), layers))
 
 

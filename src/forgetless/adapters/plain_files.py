@@ -61,7 +61,7 @@ class PlainLora(ExportTarget):
         with _written_into(job.folder) as workplace:
             save_file(_tensors(updates, rank), workplace / WEIGHTS, {"format": "pt"})
             config.save_pretrained(str(workplace))
-            refuse_breaches(workplace, self._engine, linear, shown=job.folder)
+            refuse_breaches(workplace, self._engine, {*linear, *layers}, shown=job.folder)
             for file in (WEIGHTS, CONFIG):
                 (workplace / file).replace(job.folder / file)
         return torch.float32

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -63,16 +64,17 @@ def check_round_trip(
         AdapterError: A layer's update or the logits differ by more than rounding explains.
     """
     where = f"export: {folder}"
+    inputs = _inputs(model, input_ids_BT)
     with left_as_found(model), torch.no_grad():
         model.eval()
         model.set_adapter(adapter)
         with scaled_adapter(model, scale, adapter):
-            live = model(input_ids=input_ids_BT, use_cache=False).logits
+            live = model(**inputs).logits
             remove = removal(model, PROBE)  # an export may wrap more layers than the live one
             load_adapter(model, folder, adapter=PROBE)
             try:
                 worst = _compare_updates(model, adapter, where)
-                exported = model(input_ids=input_ids_BT, use_cache=False).logits
+                exported = model(**inputs).logits
             finally:
                 model.set_adapter(adapter)  # PEFT warns of deleting the active one
                 remove()
@@ -114,15 +116,24 @@ def check_merged(
                 "use it, and report this"
             )
         worst = max(worst, _share((found - weight - delta).norm(), delta.norm()))
+    inputs = _inputs(model, input_ids_BT)
     with left_as_found(model), torch.no_grad():
         model.eval()
         model.set_adapter(adapter)
         with scaled_adapter(model, scale, adapter):
-            live = model(input_ids=input_ids_BT, use_cache=False).logits
-        reloaded = merged(input_ids=input_ids_BT, use_cache=False).logits
+            live = model(**inputs).logits
+        reloaded = merged(**inputs).logits
     coarsest = min(_coarsest_dtype(base_of(model)), merged.dtype, key=lambda dtype: dtype.itemsize)
     difference, largest = _compare_logits(live, reloaded, coarsest, where)
     return RoundTrip(difference, largest, worst)
+
+
+def _inputs(model: PeftModel, input_ids_BT: Tensor) -> dict[str, Any]:
+    """The same tokens for an encoder and its decoder, where there are two."""
+    inputs: dict[str, Any] = {"input_ids": input_ids_BT, "use_cache": False}
+    if base_of(model).config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = input_ids_BT
+    return inputs
 
 
 def _compare_updates(model: PeftModel, adapter: str, where: str) -> float:

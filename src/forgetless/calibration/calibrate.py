@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from forgetless.calibration.engine import SiteMoments, collect_moments
 from forgetless.calibration.store import load_moments, moments_key, moments_path, save_moments
+from forgetless.data.pairs import PairBatch, make_pair_batches, tokenize_pairs
 from forgetless.data.rows import RowSet
-from forgetless.data.tokens import TokenRow, make_batches, pad_token_id, tokenize
+from forgetless.data.tokens import Batch, TokenRow, make_batches, pad_token_id, tokenize
 from forgetless.errors import ArtefactError, CalibrationError, ForgetlessWarning
 from forgetless.models.fingerprint import model_fingerprint
 from forgetless.models.targets import Target, base_of
@@ -28,10 +29,22 @@ def calibrate(
     cache: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> SiteMoments:
-    """Second moments of the base over all row sets, each token with the same weight; cached."""
+    """Second moments of the base over all row sets, each token with the same weight; cached.
+
+    An encoder-decoder reads prompts with its encoder and completions with its decoder.
+    """
     total, done = sum(len(rows.rows) for rows in row_sets), 0
     merged: SiteMoments | None = None
     shelf = _Shelf(cache, model, targets) if cache is not None else None
+    pairs = base_of(model).config.is_encoder_decoder
+    padding = pad_token_id(tokenizer)
+
+    def batches(tokens: Sequence[TokenRow], rows: RowSet) -> Iterator[Batch] | Iterator[PairBatch]:
+        if pairs:
+            return make_pair_batches(tokens, batch_size=batch_size, pad_token_id=padding)
+        return make_batches(
+            tokens, batch_size=batch_size, pad_token_id=padding, tokens=rows.spec.tokens
+        )
 
     def advance(rows: int) -> None:
         nonlocal done
@@ -40,19 +53,17 @@ def calibrate(
             progress(done, total)
 
     for rows in row_sets:
-        tokens = tokenize(rows, tokenizer)
+        tokens = (tokenize_pairs if pairs else tokenize)(rows, tokenizer)
         part = shelf.take(tokens, rows) if shelf is not None else None
         if part is not None:
             advance(len(tokens))
         else:
-            batches = make_batches(
-                tokens,
-                batch_size=batch_size,
-                pad_token_id=pad_token_id(tokenizer),
-                tokens=rows.spec.tokens,
-            )
             part = collect_moments(
-                model, targets, batches, source=rows.spec.label, progress=advance
+                model,
+                targets,
+                batches(tokens, rows),
+                source=rows.spec.label,
+                progress=advance,
             )
             if shelf is not None:
                 shelf.put(part, tokens, rows)
@@ -120,19 +131,21 @@ def check_token_count(
         required: Whether too few are an error; a warning otherwise.
 
     Raises:
-        CalibrationError: Fewer kept tokens than the widest site is wide (or than `min_tokens`).
+        CalibrationError: Fewer kept tokens at a site than it is wide (or than `min_tokens`).
     """
-    site, width = max(((s, m.width) for s, m in moments.moments.items()), key=lambda x: x[1])
+    # Where all sites see the same tokens, as in decoders, this is the widest.
+    site, moment = max(moments.moments.items(), key=lambda x: x[1].width / max(x[1].num_tokens, 1))
+    width, found = moment.width, moment.num_tokens
     needed = width if min_tokens is None else min_tokens
-    if required and moments.num_tokens < needed:
+    if required and found < needed:
         raise CalibrationError(
             f"calibration: expected at least {needed} {role} tokens (site {site} is {width} wide), "
-            f"got {moments.num_tokens}, {needed - moments.num_tokens} missing; add rows, raise "
+            f"got {found}, {needed - found} missing; add rows, raise "
             "max_length, or set min_tokens"
         )
-    if moments.num_tokens < 4 * width:
+    if found < 4 * width:
         warnings.warn(
-            f"calibration: {moments.num_tokens} {role} tokens for site {site}, {width} wide: under "
+            f"calibration: {found} {role} tokens for site {site}, {width} wide: under "
             f"four times the width ({4 * width}), directions that other {role} data use may look "
             "empty",
             ForgetlessWarning,

@@ -1,6 +1,7 @@
 """Collect second moments in one forward pass of the base: no head, no cache, no gradient."""
 
-# Shape letters in this file: B = rows, T = positions, D = layer input width, N = kept tokens.
+# Shape letters in this file: B = rows, T = positions, L = positions of an encoder-decoder's
+# decoder, D = layer input width, N = kept tokens.
 
 from __future__ import annotations
 
@@ -9,15 +10,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from forgetless.calibration.hooks import base_forward, observe_sites
 from forgetless.calibration.memory import refuse_beyond_memory
+from forgetless.data.pairs import IGNORED_LABEL, PairBatch
 from forgetless.data.tokens import Batch
 from forgetless.errors import CalibrationError
 from forgetless.linalg.moments import SecondMoment
 from forgetless.models.targets import Target, base_of, module_suffixes
 
 SHOWN_NAMES = 8
+SHIFT = "prepare_decoder_input_ids_from_labels"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +42,14 @@ class SiteMoments:
 
     @property
     def num_tokens(self) -> int:
-        """Kept tokens; the same at every site."""
-        return next(iter(self.moments.values())).num_tokens
+        """Kept tokens: the same at every site, but in an encoder-decoder, where the most count."""
+        return max(moment.num_tokens for moment in self.moments.values())
 
 
 def collect_moments(
     model: nn.Module,
     targets: Mapping[str, Target],
-    batches: Iterable[Batch],
+    batches: Iterable[Batch] | Iterable[PairBatch],
     *,
     source: str = "the data",
     progress: Callable[[int], None] | None = None,
@@ -57,7 +61,9 @@ def collect_moments(
     Args:
         model: The base, or a PeftModel, whose adapters are switched off meanwhile.
         targets: Layers whose inputs are wanted.
-        batches: Padded batches; `kept_BT` says which tokens count.
+        batches: Padded batches; `kept_BT` says which tokens count. Of pairs, for an
+            encoder-decoder, every token counts where it is read: prompts in the encoder and in
+            cross-attention's keys and values, completions in the rest of the decoder.
         source: What the rows are called in messages.
         progress: Called with the number of rows after each batch.
 
@@ -72,8 +78,11 @@ def collect_moments(
         refuse_beyond_memory(model, decoder, targets)
         with observe_sites(model, targets, collector.observe) as sites:
             for batch in batches:
-                collector.start(batch, device)
-                decoder(**_inputs(batch, device), use_cache=False)
+                if isinstance(batch, PairBatch):
+                    _run_pair(base_of(model), batch, collector, device)
+                else:
+                    collector.start(_Stream.of(batch.kept_BT, batch.index, device))
+                    decoder(**_inputs(batch, device), use_cache=False)
                 sites.forget_tensors()
                 if progress is not None:
                     progress(len(batch.index))
@@ -120,41 +129,94 @@ def _inputs(batch: Batch, device: torch.device) -> dict[str, Tensor]:
     return inputs
 
 
+def _run_pair(
+    base: PreTrainedModel, batch: PairBatch, collector: _Collector, device: torch.device
+) -> None:
+    """Encoder, then decoder without the head: which stream a layer reads is known in each.
+
+    Raises:
+        CalibrationError: The encoder reads something else than text.
+    """
+    if base.main_input_name != "input_ids" or not hasattr(base, SHIFT):
+        raise CalibrationError(
+            "calibration: expected an encoder-decoder from text to text, such as T5 or BART, got "
+            f"{type(base).__name__}; take a method that needs no data, such as lora"
+        )
+    labels_BL = batch.labels_BL.to(device)
+    # The model's own rule: most put a start token in front, some turn the last token to the front.
+    decoder_ids_BL = base.prepare_decoder_input_ids_from_labels(labels=labels_BL)
+    kept_BL = labels_BL != IGNORED_LABEL
+    inputs = _inputs(batch.encoder, device)
+    prompts = _Stream.of(batch.encoder.kept_BT, batch.index, device)
+    collector.start(prompts)
+    states_BTD = base.get_encoder()(**inputs).last_hidden_state
+    collector.start(_Stream.of(kept_BL, batch.index, device), (states_BTD, prompts))
+    base.get_decoder()(
+        input_ids=decoder_ids_BL,
+        attention_mask=kept_BL.to(torch.int64),
+        encoder_hidden_states=states_BTD,
+        encoder_attention_mask=inputs["attention_mask"],
+        use_cache=False,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Stream:
+    """The tokens that a part of the model reads.
+
+    Attributes:
+        shape: (B, T).
+        kept_N: Which of the flattened positions count.
+        num_samples: Rows that have one that does.
+        index: Row of the data in each row of the batch.
+    """
+
+    shape: torch.Size
+    kept_N: Tensor
+    num_samples: int
+    index: tuple[int, ...]
+
+    @classmethod
+    def of(cls, kept_BT: Tensor, index: tuple[int, ...], device: torch.device) -> _Stream:
+        kept_N = kept_BT.reshape(-1).nonzero()[:, 0].to(device)
+        return cls(kept_BT.shape, kept_N, int(kept_BT.bool().any(1).sum()), index)
+
+
 class _Collector:
     """Adds each site's kept tokens to its moment."""
 
     def __init__(self, source: str) -> None:
         self.moments: dict[str, SecondMoment] = {}
         self._source = source
-        self._kept_N: Tensor
-        self._batch: Batch
+        self._stream: _Stream
+        self._encoded: tuple[Tensor, _Stream] | None = None
 
-    def start(self, batch: Batch, device: torch.device) -> None:
-        """Take the next batch's mask."""
-        self._batch = batch
-        self._kept_N = batch.kept_BT.reshape(-1).nonzero()[:, 0].to(device)
-        self._num_samples = int(batch.kept_BT.bool().any(1).sum())
+    def start(self, stream: _Stream, encoded: tuple[Tensor, _Stream] | None = None) -> None:
+        """Take what is read next; `encoded` is the encoder's result and what the encoder read."""
+        self._stream, self._encoded = stream, encoded
 
     def observe(self, site: str, x: Tensor) -> None:
         """Add one site's tokens of the current batch."""
+        stream = self._stream
+        if self._encoded is not None and x is self._encoded[0]:  # cross-attention's keys, values
+            stream = self._encoded[1]
         flat = x.reshape(-1, x.shape[-1])
-        if flat.shape[0] != self._batch.kept_BT.numel():
+        if flat.shape[0] != stream.shape.numel():
             raise CalibrationError(
-                f"calibration: layer {site} sees {flat.shape[0]} of {self._batch.kept_BT.numel()} "
+                f"calibration: layer {site} sees {flat.shape[0]} of {stream.shape.numel()} "
                 "tokens (a routed expert?); leave it out of the targets"
             )
-        x_ND = flat.index_select(0, self._kept_N.to(flat.device))
+        x_ND = flat.index_select(0, stream.kept_N.to(flat.device))
         if site not in self.moments:
             self.moments[site] = SecondMoment.zeros(x.shape[-1], dtype=x.dtype, device=x.device)
         # A NaN or inf anywhere makes its column's sum non-finite: one read of x, no copy.
         if not bool(x_ND.sum(0, dtype=self.moments[site].sum_D.dtype).isfinite().all()):
-            self._refuse(site, x_ND)
-        self.moments[site].add_(x_ND, num_samples=self._num_samples)
+            self._refuse(site, x_ND, stream)
+        self.moments[site].add_(x_ND, num_samples=stream.num_samples)
 
-    def _refuse(self, site: str, x_ND: Tensor) -> None:
+    def _refuse(self, site: str, x_ND: Tensor, stream: _Stream) -> None:
         bad = int((~x_ND.isfinite()).any(1).nonzero()[0, 0])
-        position = int(self._kept_N[bad])
-        row = self._batch.index[position // self._batch.kept_BT.shape[1]]
+        row = stream.index[int(stream.kept_N[bad]) // stream.shape[1]]
         raise CalibrationError(
             f"calibration: the input of layer {site} is NaN or inf at row {row} of "
             f"{self._source} (from 0); remove that row, or load the model in float32 or bfloat16"

@@ -37,7 +37,8 @@ def refuse_beyond_memory(
         return
     with observe_sites(model, targets, lambda _site, _x: None) as sites:
         token_BT = torch.zeros(1, 1, dtype=torch.int64, device=base.device)
-        decoder(input_ids=token_BT, use_cache=False)
+        second = {"decoder_input_ids": token_BT} if base.config.is_encoder_decoder else {}
+        decoder(input_ids=token_BT, use_cache=False, **second)
     names = sorted(set(sites.site_of.values()))
     needed = moment_bytes(targets, names, base.dtype)
     if needed > free:

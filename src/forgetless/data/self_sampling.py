@@ -61,8 +61,15 @@ def sample_self(
         Rows with an empty prompt, whose text holds the prefix and all special tokens.
 
     Raises:
-        DataError: `max_length` leaves no room behind the prefix, or there is no prefix.
+        DataError: `max_length` leaves no room behind the prefix, or there is no prefix, or the
+            model is an encoder-decoder.
     """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if base.config.is_encoder_decoder:
+        raise DataError(
+            f"self: expected a causal language model to sample from, got {type(base).__name__}, an "
+            "encoder-decoder; name preserve data of your own, with prompt and completion"
+        )
     prefix = _prefix(tokenizer)
     prefix_ids = tokenizer(prefix, add_special_tokens=False)["input_ids"]
     if len(prefix_ids) >= max_length:

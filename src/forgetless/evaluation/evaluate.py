@@ -20,7 +20,7 @@ from forgetless.calibration.engine import SiteMoments
 from forgetless.data.loading import load_rows
 from forgetless.data.rows import RowSet
 from forgetless.data.tokens import tokenize
-from forgetless.errors import AdapterError, ForgetlessWarning, RecipeError
+from forgetless.errors import AdapterError, ForgetlessWarning, ModelError, RecipeError
 from forgetless.evaluation.base_cache import BaseCache
 from forgetless.evaluation.items import EvaluationItem
 from forgetless.evaluation.likelihood import input_device
@@ -77,6 +77,7 @@ def evaluate(
     """
     started = time.perf_counter()
     _check_options(scale, samples)
+    _refuse_encoder_decoder(base_of(model))
     items = parse_items(gain, retention)
     if not items and not movement_data:
         raise RecipeError(
@@ -115,6 +116,14 @@ def _check_options(scale: float, samples: int) -> None:
     if samples < 0:
         raise RecipeError(
             f"evaluation: expected samples of 0 or more, got {samples}; pass 0 to show none"
+        )
+
+
+def _refuse_encoder_decoder(base: PreTrainedModel) -> None:
+    if base.config.is_encoder_decoder:
+        raise ModelError(
+            f"evaluation: expected a causal language model, got {type(base).__name__}, an "
+            "encoder-decoder; measure it in your own code (attach, export and load_adapter work)"
         )
 
 

@@ -46,3 +46,9 @@ class EvaluationItem(DataSpec):
         if not metrics:
             raise ValueError("expected at least one metric")
         return tuple(dict.fromkeys(metrics))
+
+
+def teacher_forced(item: EvaluationItem) -> EvaluationItem:
+    """The same item with the metrics that need no generation; `nll` where there is none."""
+    metrics = tuple(metric for metric in item.metrics if metric not in GENERATED)
+    return item.model_copy(update={"metrics": metrics or ("nll",)})

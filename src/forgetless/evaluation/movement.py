@@ -106,16 +106,17 @@ class _LayerProbe:
 
     def observe(self, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         """Forward hook of the base layer."""
-        x, name = args[0], self.target.name
-        if x.shape[:-1] != self.kept_BT.shape:
+        name = self.target.name
+        # Routers see (B·T, D), all other layers (B, T, D).
+        flat, flat_output = args[0].flatten(0, -2), output.flatten(0, -2)
+        if flat.shape[0] != self.kept_BT.numel():
             raise CalibrationError(
-                f"movement: layer {name} sees tokens of shape {tuple(x.shape[:-1])}, expected "
-                f"{tuple(self.kept_BT.shape)} (a routed expert?); "
-                "pass movement_data=() to leave movement out"
+                f"movement: layer {name} sees {flat.shape[0]} of {self.kept_BT.numel()} tokens "
+                "(a routed expert?); pass movement_data=() to leave movement out"
             )
-        kept_BT = self.kept_BT.to(x.device)
-        x_ND = x[kept_BT].to(self.core_RD)
-        output_NO = output[kept_BT].to(self.core_RD)
+        kept = self.kept_BT.reshape(-1).to(flat.device)
+        x_ND = flat[kept].to(self.core_RD)
+        output_NO = flat_output[kept].to(self.core_RD)
         bias_O = self.target.bias_O()
         if bias_O is not None:
             output_NO = output_NO - bias_O.to(output_NO)

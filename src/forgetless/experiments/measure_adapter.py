@@ -47,7 +47,7 @@ def measure_adapter(
         with heard.phase("load"):
             loaded = load_base(recipe, heard)
         reports = []
-        for scale in (1.0, *(s for s in wanted.scales if s != 1.0)):
+        for scale in (1.0, *(s for s in wanted.scales or () if s != 1.0)):
             with heard.phase(f"evaluate at scale {scale:g}"):
                 reports.append(
                     evaluate(

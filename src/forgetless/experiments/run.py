@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from forgetless.adapters.round_trip import check_round_trip
 from forgetless.data.rows import RowSet
 from forgetless.errors import ArtefactError
 from forgetless.evaluation.evaluate import evaluate
+from forgetless.evaluation.items import EvaluationItem, teacher_forced
 from forgetless.evaluation.results import EvaluationReport
 from forgetless.experiments.base_model import load_base
 from forgetless.experiments.checks import check_before_loading, check_layers, data_of, items_of
@@ -111,6 +112,10 @@ def _kept_on_failure(folder: RunFolder, heard: Progress, resume: str | None) -> 
         raise ArtefactError(
             f"{where}: the disk is full; free some space and run the same command again: it resumes"
         ) from error
+
+
+# Plain LoRA turned down: what a method must beat to be worth its calibration.
+BASELINE_SCALES = (0.25, 0.5)
 
 
 class _Run:
@@ -262,13 +267,16 @@ class _Run:
             return EvaluationReport(items=()), []
 
         def measure(
-            scale: float, samples: int, movement_data: Sequence[RowSet] | None = None
+            scale: float,
+            samples: int,
+            movement_data: Sequence[RowSet] | None = None,
+            only: Callable[[EvaluationItem], EvaluationItem] = lambda item: item,
         ) -> EvaluationReport:
             return evaluate(
                 attached.model,
                 loaded.tokenizer,
-                gain=wanted.gain,
-                retention=wanted.retention,
+                gain=[only(item) for item in wanted.gain],
+                retention=[only(item) for item in wanted.retention],
                 movement_data=movement_data,
                 calibration_moments=attached.moments.get("preserve"),
                 scale=scale,
@@ -279,13 +287,18 @@ class _Run:
 
         def scaled(scale: float) -> EvaluationReport:
             # Movement follows exactly, and row by row comparisons are made at full scale only.
-            report = measure(scale, 0, ())
+            report = measure(scale, 0, (), teacher_forced)
             movement = None if whole.movement is None else whole.movement.scaled(scale)
             items = tuple(item.model_copy(update={"row_values": {}}) for item in report.items)
             return report.model_copy(update={"movement": movement, "items": items})
 
         whole = measure(1.0, wanted.samples)
-        return whole, [scaled(scale) for scale in wanted.scales if scale != 1.0]
+        return whole, [scaled(scale) for scale in self._scales() if scale != 1.0]
+
+    def _scales(self) -> Sequence[float]:
+        if self.recipe.evaluation.scales is not None:
+            return self.recipe.evaluation.scales
+        return BASELINE_SCALES if self.method.form == "plain" else ()
 
     def _export(self, loaded: LoadedModel, data: Prepared, attached: Attached) -> dict[str, Any]:
         export(

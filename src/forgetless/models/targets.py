@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -19,6 +20,10 @@ from forgetless.errors import AdapterError
 
 HEAD, EMBEDDING = "output head", "embedding"
 USUAL_REASONS = (HEAD, EMBEDDING)  # layers that nobody expects to get an adapter
+EXPERT_NAME = (
+    "PEFT takes this name for the fused experts', so that no adapter could be loaded on it"
+)
+ONE_OUTPUT = "a gate with a single output, too narrow for an adapter"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +92,8 @@ def find_targets(model: nn.Module, patterns: Sequence[str] | None = None) -> Tar
             `target_modules`.
 
     Raises:
-        AdapterError: A pattern that matches no linear layer, or that names the output head.
+        AdapterError: A pattern that matches no linear layer, or that names the output head or a
+            layer whose adapter PEFT could not load again.
     """
     if isinstance(patterns, str) or (patterns is not None and not patterns):
         raise AdapterError(
@@ -100,6 +106,7 @@ def find_targets(model: nn.Module, patterns: Sequence[str] | None = None) -> Tar
     targets: dict[str, Target] = {}
     skipped: dict[str, str] = {}
     unmatched = set(patterns or ())
+    expert_names = _expert_names(base)
     for raw_name, module in base.named_modules():
         name = raw_name.removesuffix(".base_layer")
         if _inside_adapter(raw_name) or isinstance(module, BaseTunerLayer):
@@ -117,6 +124,14 @@ def find_targets(model: nn.Module, patterns: Sequence[str] | None = None) -> Tar
             reason = _reason(module)
             if reason is not None:
                 skipped[name or type(module).__name__] = reason
+        elif name.rpartition(".")[2] in expert_names:
+            if matched:
+                raise AdapterError(
+                    f"targets: {matched[0]!r} names {name}, but {EXPERT_NAME}; leave it out"
+                )
+            skipped[name] = EXPERT_NAME
+        elif patterns is None and widths[1] == 1:
+            skipped[name] = ONE_OUTPUT
         elif patterns is None or matched:
             targets[name] = Target(name, module, *widths)
             unmatched.difference_update(matched)
@@ -128,6 +143,26 @@ def find_targets(model: nn.Module, patterns: Sequence[str] | None = None) -> Tar
     if not targets:
         raise AdapterError("targets: the model has no linear layer besides its output head")
     return TargetSelection(targets, skipped)
+
+
+def _expert_names(base: PreTrainedModel) -> set[str]:
+    """Last parts of linear layers' names that PEFT reads as parts of fused experts.
+
+    An adapter from before transformers fused experts names `gate_proj` and means each expert's.
+    PEFT goes on to read it so in every configuration, also where the name is that of a dense or
+    shared layer of the same model.
+    """
+    taken = set()
+    for name in {n.rpartition(".")[2] for n in _linear_names(base)}:
+        config = LoraConfig(target_modules=[name])
+        try:
+            convert_peft_config_for_transformers(config, base, None)
+        except ValueError:  # one of two parts that are fused into one, on its own
+            taken.add(name)
+            continue
+        if name not in (config.target_modules or ()):
+            taken.add(name)
+    return taken
 
 
 def _inside_adapter(name: str) -> bool:
