@@ -5,9 +5,13 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import re
+import subprocess
+import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,11 +23,27 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from forgetless.cli import main
-from forgetless.console import TerminalProgress
+from forgetless.console import Level, TerminalProgress
 from forgetless.errors import ForgetlessWarning
 from forgetless.experiments import run as run_module
 from forgetless.experiments.progress import warnings_heard
+from forgetless.methods import METHODS, make_method
+from forgetless.recipe import load_recipe
 from forgetless.training.quiet import libraries_quiet
+
+VERBS = (
+    "demo",
+    "new",
+    "run",
+    "calibrate",
+    "train",
+    "evaluate",
+    "report",
+    "export",
+    "inspect",
+    "methods",
+    "schema",
+)
 
 
 @pytest.fixture
@@ -55,6 +75,37 @@ def test_a_run_and_what_can_be_done_with_it(
     assert f"{tmp_path / 'out' / 'report.html'}".replace("\n", "") in out.replace("\n", "")
     assert status("run", recipe) == 0
     assert "finished already" in " ".join(capsys.readouterr().err.split())
+
+    def printed(*arguments: str | Path) -> dict[str, Any]:
+        """The one JSON object on standard output."""
+        assert status(*arguments, "--json") == 0
+        found = json.loads(capsys.readouterr().out)
+        assert isinstance(found, dict)
+        return found
+
+    again = printed("run", recipe, "--quiet")
+    assert (tmp_path / "out" / "record.json").samefile(again["record"])
+    assert {row["item"] for row in again["figures"]} == {"task", "facts"}
+    card = Path(again["adapter"], "README.md").read_text()
+    matter = yaml.safe_load(card.split("---\n")[1])
+    assert (matter["library_name"], matter["base_model"]) == ("peft", tiny_model_path.name)
+    assert "| Gained: task, NLL |" in card
+    assert "2503.02659" in card
+    assert str(tiny_model_path) not in card.split("## Recipe")[0]
+    assert status("run", recipe, "label=another", "-q") == 0
+    assert not capsys.readouterr().err
+    assert "another" in Path(again["adapter"], "README.md").read_text()
+
+    described = printed("inspect", tmp_path / "out")
+    assert (described["kind"], described["state"]) == ("run", "finished")
+    assert described["adapter"]["rank"] == 4
+    assert printed("report", tmp_path / "out", "--output", tmp_path / "one.html")["figures"]
+    written = printed("export", tmp_path / "out", tmp_path / "plain")
+    assert (written["kind"], written["rank"]) == ("adapter", 4)
+    names = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in (tmp_path / "plain").iterdir()} == names
+    measured = printed("evaluate", recipe, "evaluation.scales=[]")["reports"]
+    assert [item["name"] for item in measured[0]["items"]] == ["task", "facts"]
 
     assert status("report", tmp_path / "out", "--output", tmp_path / "two.html") == 0
     assert (tmp_path / "two.html").is_file()
@@ -243,3 +294,93 @@ def test_methods_lists_all_with_paper_needs_and_promise(capsys: pytest.CaptureFi
     assert "trains: b | both (b)" in out
     assert "default_weight_decay" not in out
     assert max(map(len, out.splitlines())) <= 80
+
+
+def test_methods_as_json_can_be_made_again(capsys: pytest.CaptureFixture[str]) -> None:
+    assert status("methods", "--json") == 0
+    found = json.loads(capsys.readouterr().out)["methods"]
+    assert {entry["name"] for entry in found} == set(METHODS)
+    for entry in found:
+        made = make_method({"name": entry["name"]} | entry["options"])
+        assert made.default_learning_rate == entry["learning_rate"]
+
+
+def test_the_schema_knows_every_key_of_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert status("schema") == 0
+    schema = json.loads(capsys.readouterr().out)
+    resolved = load_recipe(Path(__file__).parents[2] / "recipes" / "gsm8k.yaml").resolved()
+    assert set(schema["properties"]) == set(resolved)
+    training = schema["$defs"]["TrainingRecipe"]["properties"]
+    assert set(training) == set(resolved["training"])
+
+
+def test_a_new_recipe_is_written_and_described(
+    recipe: Path, tmp_path: Path, tiny_model_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status("new", "mine.yaml", "--train", "data/train.jsonl", "--model", "model") == 0
+    assert "forgetless run mine.yaml" in capsys.readouterr().out
+    assert load_recipe(tmp_path / "mine.yaml").output == Path("runs/mine")
+    assert status("new", "mine.yaml", "--train", "data/train.jsonl") == 2
+    assert "--force replaces it" in capsys.readouterr().err
+    assert status("inspect", tiny_model_path) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^architecture +LlamaForCausalLM$", shown, re.MULTILINE)
+
+
+@pytest.mark.parametrize("verb", [[], *([name] for name in VERBS)], ids=lambda verb: " ".join(verb))
+def test_help_teaches_within_80_columns(
+    verb: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert status(*verb, "--help") == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    assert "\b" not in out
+    if verb:
+        assert f"Examples:\n    forgetless {verb[0]}" in out
+    else:
+        for text in ("--install-completion", "Exit status:", "130", "NO_COLOR"):
+            assert text in out
+        commands = out.split("Commands:")[1]
+        assert [line.split()[0] for line in commands.splitlines()[1 : len(VERBS) + 1]] == [*VERBS]
+        assert "..." not in commands  # no description is cut off
+
+
+def test_levels_and_colours(monkeypatch: pytest.MonkeyPatch) -> None:
+    def log(level: Level) -> str:
+        file = io.StringIO()
+        console = Console(file=file, width=80, force_terminal=True, highlight=False)
+        progress = TerminalProgress(console, level)
+        with progress.phase("data"):
+            progress.note("a note")
+            progress.warn("a warning")
+        return file.getvalue()
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert "\x1b[33m" in log("quiet")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert log("quiet") == "  warning: a warning\n"
+    lines = log("verbose").splitlines()
+    assert re.fullmatch(r"  \d\d:\d\d:\d\d data begins", lines[0])
+    assert re.fullmatch(r"  \d\d:\d\d:\d\d a note", lines[1])
+    assert re.fullmatch(r"  data +\d\.\d s", lines[3])
+    assert "\x1b" not in "".join(lines)
+    assert "a note" in log("normal")
+
+
+def test_quiet_and_verbose_are_one_choice(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert status("run", recipe, "-q", "-v") == 2
+    assert "expected one of the two, got both" in capsys.readouterr().err
+
+
+def test_the_shell_completes_verbs(tmp_path: Path) -> None:
+    environment = os.environ | {
+        "_FORGETLESS_COMPLETE": "complete_bash",
+        "COMP_WORDS": "forgetless ins",
+        "COMP_CWORD": "1",
+    }
+    program = "from forgetless.cli import app; app(prog_name='forgetless')"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["inspect"]

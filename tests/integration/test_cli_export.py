@@ -88,6 +88,17 @@ def test_self_and_no_data_at_all_are_metrics_too(
     assert "relative error" not in shown.out
 
 
+def test_json_holds_the_figures_of_the_cut(
+    theirs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["export", theirs, "out", "--target", "vllm", "--max-rank", "4", "--json"]
+    assert status(*command) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["target"], found["kind"], found["rank"]) == ("vllm", "adapter", 4)
+    figures = json.loads(Path("out/compression.json").read_text())
+    assert found["compression"]["error"] == figures["error"]
+
+
 def test_merge_is_target_merged(theirs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert status("export", theirs, "one", "--merge") == 0
     assert status("export", theirs, "two", "--target", "merged") == 0
@@ -97,6 +108,8 @@ def test_merge_is_target_merged(theirs: Path, capsys: pytest.CaptureFixture[str]
     assert Path("two/tokenizer.json").is_file()
     assert status("export", theirs, "three", "--merge", "--max-rank", "2") == 0
     out = words(capsys.readouterr().out)
+    card = words(Path("three/README.md").read_text())
+    assert "rank cut from 12 to 2, gain and retention not measured since" in card
     assert "update of rank 2 added" in out
     assert "forgetless evaluate" not in out  # a whole model is no adapter to evaluate
     assert Path("three/compression.json").is_file()

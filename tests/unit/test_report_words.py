@@ -7,17 +7,11 @@ import math
 import pytest
 from report_records import item, kl, metric, nll, realistic_records, record, trade_off
 
+from forgetless.escaping import clean
 from forgetless.evaluation.results import Estimate, EvaluationReport, MetricResult, RowValues
 from forgetless.experiments.headline import headline, summary_lines
 from forgetless.experiments.markdown import markdown_table
-from forgetless.experiments.numbers import (
-    change_text,
-    clean,
-    plain,
-    range_text,
-    seconds_text,
-    value_text,
-)
+from forgetless.experiments.numbers import change_text, plain, range_text, seconds_text, value_text
 from forgetless.experiments.record import Record
 from forgetless.experiments.runs import name_runs
 from forgetless.experiments.verdicts import judge

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from forgetless.adapters.card import CARD, CardFacts, write_card
 from forgetless.adapters.engines import A_SUFFIX, B_SUFFIX, PREFIX, Engine, missing_of_types
 from forgetless.adapters.export_target import ExportJob, ExportTarget
 from forgetless.adapters.forms import adapted_layers, factors
@@ -37,7 +38,7 @@ class PlainLora(ExportTarget):
         self._engine = engine
 
     def write(self, job: ExportJob) -> torch.dtype:
-        """Configuration and tensors, in float32."""
+        """Configuration, tensors in float32, and a model card (`README.md`)."""
         refuse_what_plain_lora_cannot_hold(job.model, job.adapter)
         base, linear = base_of(job.model), find_targets(job.model).targets
         layers = adapted_layers(job.model, job.adapter)
@@ -62,7 +63,8 @@ class PlainLora(ExportTarget):
             save_file(_tensors(updates, rank), workplace / WEIGHTS, {"format": "pt"})
             config.save_pretrained(str(workplace))
             refuse_breaches(workplace, self._engine, {*linear, *layers}, shown=job.folder)
-            for file in (WEIGHTS, CONFIG):
+            write_card(workplace, CardFacts(base=name or None))
+            for file in (CARD, WEIGHTS, CONFIG):
                 (workplace / file).replace(job.folder / file)
         return torch.float32
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from peft import PeftModel
@@ -45,6 +46,16 @@ def refuse_changed_base(where: str, init: Any) -> None:
             "which changes the base; save it again with "
             "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
+
+
+def beyond_plain_lora(config: Mapping[str, Any]) -> list[str]:
+    """Options of an adapter's configuration that a plain LoRA cannot hold, as `name=value`."""
+    found = [name for name in _BESIDE if config.get(name)]
+    if config.get("bias", "none") != "none":
+        found.append("bias")
+    if config.get("init_lora_weights", True) not in KEEPS_BASE:
+        found.append("init_lora_weights")
+    return [f"{name}={config[name]!r}" for name in found]
 
 
 def refuse_what_plain_lora_cannot_hold(model: PeftModel, adapter: str = "default") -> None:

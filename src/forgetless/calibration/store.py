@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,60 @@ def load_moments(path: Path, key: Mapping[str, str]) -> SiteMoments | None:
         if not (whole and moment.sum_DD.isfinite().all() and moment.sum_D.isfinite().all()):
             raise ArtefactError(f"{path}: damaged (the moment of site {site})")
     return SiteMoments(moments, site_of)
+
+
+@dataclass(frozen=True, slots=True)
+class MomentsHeader:
+    """What a file of second moments says of itself.
+
+    Attributes:
+        key: What they were collected on: fingerprints and mask rule, as `moments_key` makes it.
+        widths: D by site.
+        num_tokens: Kept tokens.
+        num_samples: Rows that they came from.
+        targets: Layers that these sites feed.
+    """
+
+    key: dict[str, str]
+    widths: dict[str, int]
+    num_tokens: int
+    num_samples: int
+    targets: tuple[str, ...]
+
+
+def read_moments_header(path: Path) -> MomentsHeader:
+    """Read what a file of second moments says of itself, without its tensors.
+
+    Raises:
+        ArtefactError: Truncated, damaged, or no second moments.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            _check_origin(path, metadata, {})
+            sites = json.loads(metadata["sites"])
+            widths = {s: int(file.get_slice(f"{s}/sum_D").get_shape()[0]) for s in sites}
+        first = next(iter(sites.values()))
+        return MomentsHeader(
+            key=json.loads(metadata["key"]),
+            widths=widths,
+            num_tokens=int(first["num_tokens"]),
+            num_samples=int(first["num_samples"]),
+            targets=tuple(json.loads(metadata["site_of"])),
+        )
+    except ArtefactError:
+        raise
+    except (
+        SafetensorError,
+        OSError,
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        StopIteration,
+    ) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ArtefactError(f"{path}: truncated or damaged ({reason})") from error
 
 
 def _check_origin(path: Path, metadata: Mapping[str, str], key: Mapping[str, str]) -> None:

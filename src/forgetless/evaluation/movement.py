@@ -31,8 +31,8 @@ from forgetless.errors import AdapterError, CalibrationError, ForgetlessWarning
 from forgetless.evaluation.likelihood import input_device
 from forgetless.evaluation.results import LayerMovement, Movement
 from forgetless.evaluation.selection import model_inputs
-from forgetless.linalg.lowrank import row_space
-from forgetless.linalg.moments import output_energy
+from forgetless.linalg.lowrank import isometric_core, row_space
+from forgetless.linalg.moments import moment_drift
 from forgetless.models.targets import Target, base_of, find_targets
 
 _BATCH_SIZE = 8
@@ -176,9 +176,8 @@ def _probes(model: PeftModel, adapter: str) -> dict[str, _LayerProbe]:
     for name, layer in layers.items():
         if name in targets:
             a_RD, b_OR = factors(layer, adapter)
-            core_RD = torch.linalg.qr(b_OR).R @ a_RD
             basis_DP = row_space(down_projection(layer, adapter))
-            probes[name] = _LayerProbe(targets[name], core_RD, basis_DP)
+            probes[name] = _LayerProbe(targets[name], isometric_core(a_RD, b_OR), basis_DP)
     if not probes:
         raise AdapterError(
             f"movement: expected a LoRA on linear layers, got adapter {adapter!r} with none; "
@@ -203,9 +202,8 @@ def _batches(row_sets: Sequence[RowSet], tokenizer: PreTrainedTokenizerBase) -> 
 def _calibration_drift(probe: _LayerProbe, moments: SiteMoments | None) -> float | None:
     if moments is None or probe.target.name not in moments.site_of:
         return None
-    moment_DD = moments.of(probe.target.name).mean_DD().to(probe.core_RD)
-    kept = output_energy(probe.target.weight_OD().to(probe.core_RD), moment_DD)
-    return _ratio(float(output_energy(probe.core_RD, moment_DD)), float(kept))
+    moment_DD = moments.of(probe.target.name).mean_DD()
+    return moment_drift(probe.core_RD, probe.target.weight_OD(), moment_DD)
 
 
 def _ratio(part: float, whole: float) -> float:

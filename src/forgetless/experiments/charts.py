@@ -8,16 +8,10 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from forgetless.escaping import one_line
 from forgetless.evaluation.results import Estimate, EvaluationReport
 from forgetless.experiments.drawing import Axis, Frame, element, group, marker, polyline, title
-from forgetless.experiments.numbers import (
-    change_text,
-    is_share,
-    metric_name,
-    one_line,
-    plain,
-    range_text,
-)
+from forgetless.experiments.numbers import change_text, is_share, metric_name, plain, range_text
 from forgetless.experiments.runs import (
     Run,
     gain_metric,

@@ -9,7 +9,8 @@ from typing import Literal
 
 from markupsafe import Markup, escape
 
-from forgetless.experiments.numbers import clean, plain
+from forgetless.escaping import clean
+from forgetless.experiments.numbers import plain
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 

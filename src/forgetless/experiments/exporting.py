@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from forgetless.adapters.plain_lora import refuse_what_plain_lora_cannot_hold
 from forgetless.adapters.round_trip import RoundTrip
 from forgetless.data.spec import DataSpec, parse_data
 from forgetless.errors import AdapterError, RecipeError
+from forgetless.experiments.describe import dtype_name
+from forgetless.experiments.model_card import write_export_card
 from forgetless.experiments.progress import Progress, warnings_heard
 from forgetless.models.cache import cache_dir
 from forgetless.models.load import LoadedModel, base_reference, load_model
@@ -52,6 +54,19 @@ class Exported:
     dtype: torch.dtype
     is_adapter: bool
     compression: Compression | None
+
+    def figures(self) -> dict[str, Any]:
+        """All of it as plain values, but for single layers."""
+        found: dict[str, Any] = {
+            "kind": "adapter" if self.is_adapter else "merged",
+            "rank": self.rank,
+            "dtype": dtype_name(self.dtype),
+            **asdict(self.check),
+        }
+        if self.compression is not None:
+            found["compression"] = asdict(self.compression)
+            del found["compression"]["layers"]
+        return found
 
 
 def export_folder(
@@ -120,6 +135,15 @@ def export_folder(
             keep_figures(compression, output)
             check = chosen.compare(ready, probe)
             rank = rank_of(ready.model, ready.adapter)
+    write_export_card(
+        output,
+        folder,
+        base=model,
+        scale=scale,
+        merged=not chosen.is_adapter,
+        cut=compression,
+        warn=heard.warn,
+    )
     summary = chosen.summary(rank, dtype)
     return Exported(summary, rank, check, dtype, chosen.is_adapter, compression)
 

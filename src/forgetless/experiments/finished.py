@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from forgetless.adapters.card import write_card
+from forgetless.adapters.load import CONFIG
 from forgetless.errors import RecipeError
 from forgetless.experiments.checks import data_of, items_of
 from forgetless.experiments.data_files import changed_files
+from forgetless.experiments.model_card import card_facts
 from forgetless.experiments.numbers import join_words
 from forgetless.experiments.output import SHOWING, RunFolder, differing, plain_recipe
 from forgetless.experiments.progress import Progress
@@ -52,5 +55,7 @@ def _relabel(recipe: Recipe, folder: RunFolder, record: Record) -> None:
     label = recipe.label or str(recipe.method["name"])
     renamed = record.model_copy(update={"label": label, "recipe": plain_recipe(recipe)})
     folder.claim(recipe)
+    if (folder.adapter / CONFIG).is_file():  # the user may have moved it
+        write_card(folder.adapter, card_facts(renamed))
     write_report([renamed], folder.report)
     save_record(renamed, folder.record)

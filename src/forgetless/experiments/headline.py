@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from forgetless.escaping import one_line
 from forgetless.evaluation.results import MetricResult
 from forgetless.experiments.contrasts import MARGIN_NATS, MARGIN_PART, MARGIN_SHARE
 from forgetless.experiments.numbers import (
@@ -17,7 +18,6 @@ from forgetless.experiments.numbers import (
     is_share,
     join_words,
     metric_name,
-    one_line,
     pair_text,
     plain,
     range_text,

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from forgetless.escaping import one_line
 from forgetless.evaluation.results import LayerMovement
 from forgetless.experiments.charts import Panel
 from forgetless.experiments.drawing import Axis, Frame, element, group, marker, polyline, title
-from forgetless.experiments.numbers import one_line, plain
+from forgetless.experiments.numbers import plain
 from forgetless.experiments.runs import Run
 
 _BLOCK = re.compile(r"^(?P<stack>.*?)\.?(?<![^.])(?P<block>\d+)\.(?P<kind>.+)$")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
+from forgetless.escaping import markdown_text, one_line
 from forgetless.evaluation.results import EvaluationReport, MetricResult
 from forgetless.experiments.numbers import (
     MISSING,
     change_text,
     metric_name,
-    one_line,
     plain,
     range_text,
     value_text,
@@ -47,7 +46,7 @@ def markdown_table(records: Sequence[Record]) -> str:
     if any(run.record.recipe.get("claims") is False for run in runs):
         text += ["", "Quick run: nothing is claimed."]
     elif reasons := not_comparable(runs):
-        text += ["", f"Not comparable: {_markdown_text('; '.join(reasons))}."]
+        text += ["", f"Not comparable: {markdown_text('; '.join(reasons))}."]
     return "\n".join(text) + "\n"
 
 
@@ -63,14 +62,7 @@ def _markdown_cell(cell: Cell) -> str:
 
 
 def _markdown_line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(_markdown_text(cell) for cell in cells)} |"
-
-
-def _markdown_text(text: str) -> str:
-    """Text that stays inside its cell: no line break, no column, no tag, no link or image."""
-    return (
-        re.sub(r"([\\|`*\[\]])", r"\\\1", one_line(text)).replace("&", "&amp;").replace("<", "&lt;")
-    )
+    return f"| {' | '.join(markdown_text(cell) for cell in cells)} |"
 
 
 def evaluation_table(reports: Sequence[EvaluationReport]) -> str:

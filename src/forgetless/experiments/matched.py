@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from forgetless.escaping import one_line
 from forgetless.evaluation.results import Estimate, EvaluationReport
 from forgetless.experiments.contrasts import contrast
-from forgetless.experiments.numbers import metric_name, one_line, plain
+from forgetless.experiments.numbers import metric_name, plain
 from forgetless.experiments.runs import Run, gain_metric, improvement, items_of, metric_of
 
 

@@ -33,25 +33,6 @@ def is_share(metric: str) -> bool:
     return metric in _SHARES
 
 
-def clean(text: str) -> str:
-    """Text without what no screen shows: control characters and lone surrogates become U+FFFD.
-
-    Texts come from data and models; a raw escape character would reach the reader's terminal, and a
-    lone surrogate cannot be written as UTF-8.
-    """
-    return "".join(
-        c
-        if c in "\n\t" or not (ord(c) < 32 or 127 <= ord(c) < 160 or 0xD800 <= ord(c) < 0xE000)
-        else "\N{REPLACEMENT CHARACTER}"
-        for c in text.replace("\r\n", "\n").replace("\r", "\n")
-    )
-
-
-def one_line(text: str) -> str:
-    """Cleaned text with every run of white space as one space."""
-    return " ".join(clean(text).split())
-
-
 def plain(value: float) -> str:
     """A figure of any size with about three digits: 0.0046, 0.630, 4.89, 51.3, 6.1e-6."""
     if not math.isfinite(value):

@@ -15,13 +15,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from forgetless.errors import ArtefactError
+from forgetless.escaping import clean, one_line
 from forgetless.experiments.charts import loss_panel, trade_off_panels
 from forgetless.experiments.drawing import base_key, key_sign
 from forgetless.experiments.exchanges import exchanges
 from forgetless.experiments.headline import headline, summary_lines
 from forgetless.experiments.layer_charts import layer_rows
 from forgetless.experiments.markdown import markdown_table
-from forgetless.experiments.numbers import clean, one_line
 from forgetless.experiments.provenance import facts, making, phase_rows
 from forgetless.experiments.record import Record
 from forgetless.experiments.runs import Run, name_runs

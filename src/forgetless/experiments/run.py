@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from forgetless.adapters.attach import Attached, attach_rows
+from forgetless.adapters.card import write_card
 from forgetless.adapters.export import export
 from forgetless.adapters.round_trip import check_round_trip
 from forgetless.data.rows import RowSet
@@ -23,6 +24,7 @@ from forgetless.experiments.checks import check_before_loading, check_layers, da
 from forgetless.experiments.data_files import hash_files
 from forgetless.experiments.describe import describe, skipped_notes
 from forgetless.experiments.finished import settle
+from forgetless.experiments.model_card import card_facts
 from forgetless.experiments.output import Clock, RunFolder
 from forgetless.experiments.prepare import Prepared, prepare, training_options
 from forgetless.experiments.progress import Progress, warnings_heard
@@ -168,6 +170,7 @@ class _Run:
                 export=exported,
                 files=self.files,
             )
+            write_card(self.folder.adapter, card_facts(record))
             write_report([record], self.folder.report)
         record.phases = self.clock.phases
         # Last of all: a record says that the run is finished.

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from forgetless.escaping import one_line
 from forgetless.evaluation.items import GENERATED
 from forgetless.evaluation.results import Estimate, EvaluationReport, MetricResult, Side
-from forgetless.experiments.numbers import is_share, join_words, one_line
+from forgetless.experiments.numbers import is_share, join_words
 from forgetless.experiments.record import Record
 
 

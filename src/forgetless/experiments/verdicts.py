@@ -13,16 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from forgetless.escaping import one_line
 from forgetless.experiments.contrasts import Contrast, contrast
 from forgetless.experiments.matched import against_scaled_lora
-from forgetless.experiments.numbers import (
-    change_text,
-    is_share,
-    join_words,
-    metric_name,
-    one_line,
-    pair_text,
-)
+from forgetless.experiments.numbers import change_text, is_share, join_words, metric_name, pair_text
 from forgetless.experiments.runs import (
     Run,
     gain_metric,

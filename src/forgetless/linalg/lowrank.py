@@ -46,6 +46,13 @@ def concatenated_delta(
     return torch.cat([a_RD, fixed_A_RD], dim=0), torch.cat([fixed_B_OR + b_OR, b_OR], dim=1)
 
 
+def isometric_core(a_RD: Tensor, b_OR: Tensor) -> Tensor:
+    """C (R', D), R' = min(O, R), with ‖C x‖ = ‖B A x‖ for every x: T A, where B = Q T (thin QR)."""
+    with full_precision():
+        core_RD: Tensor = torch.linalg.qr(b_OR).R @ a_RD
+    return core_RD
+
+
 def distance(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """‖B A − B' A'‖ and ‖B A‖ in the Frobenius norm, without forming an O x D matrix.
 

@@ -100,6 +100,19 @@ def output_energy(weight_OD: Tensor, moment_DD: Tensor) -> Tensor:
         return ((weight_OD @ moment_DD) * weight_OD).sum()
 
 
+def moment_drift(core_RD: Tensor, weight_OD: Tensor, moment_DD: Tensor) -> float:
+    """tr(ΔW M ΔWᵀ) / tr(W M Wᵀ), without unit; 0 where both are 0.
+
+    Args:
+        core_RD: C with ‖C x‖ = ‖ΔW x‖ for every x; computed with in its dtype.
+        weight_OD: W.
+        moment_DD: M.
+    """
+    moment_DD = moment_DD.to(core_RD)
+    kept = float(output_energy(weight_OD.to(core_RD), moment_DD))
+    return float(output_energy(core_RD, moment_DD)) / kept if kept else 0.0
+
+
 def augment_bias(
     weight_OD: Tensor, bias_O: Tensor | None, moment_DD: Tensor, mean_D: Tensor
 ) -> tuple[Tensor, Tensor]:

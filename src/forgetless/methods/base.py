@@ -82,6 +82,7 @@ class Method(ABC):
         name: Name on the command line and in recipes.
         title: One line: what it does.
         paper: Source, as an arXiv id with the authors' short title.
+        bibtex: Entries to cite, with the paper's own authors and title.
         promise: One line: what it keeps, and what it does not.
         default_learning_rate: Used where the user gives none.
         learning_rate_source: Where that figure comes from.
@@ -94,6 +95,7 @@ class Method(ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     paper: ClassVar[str]
+    bibtex: ClassVar[tuple[str, ...]]
     promise: ClassVar[str]
     default_weight_decay: ClassVar[float] = 0.0
 

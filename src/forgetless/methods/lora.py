@@ -23,6 +23,17 @@ from forgetless.methods.base import (
     Trains,
 )
 
+_BIBTEX = """\
+@inproceedings{hu2022lora,
+  title = {{LoRA}: Low-Rank Adaptation of Large Language Models},
+  author = {Hu, Edward J. and Shen, Yelong and Wallis, Phillip and Allen-Zhu, Zeyuan and
+            Li, Yuanzhi and Wang, Shean and Wang, Lu and Chen, Weizhu},
+  booktitle = {International Conference on Learning Representations},
+  year = {2022},
+  eprint = {2106.09685},
+  archivePrefix = {arXiv}
+}"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA(Method):
@@ -31,6 +42,7 @@ class LoRA(Method):
     name: ClassVar[str] = "lora"
     title: ClassVar[str] = "plain LoRA: random A, zero B, both train"
     paper: ClassVar[str] = "LoRA, arXiv:2106.09685"
+    bibtex: ClassVar[tuple[str, ...]] = (_BIBTEX,)
     promise: ClassVar[str] = "none on preserve data; the baseline"
 
     @property

@@ -31,6 +31,17 @@ from forgetless.methods.base import (
     Trains,
 )
 
+_BIBTEX = """\
+@misc{tang2025loranull,
+  title = {Put the Space of {LoRA} Initialization to the Extreme to Preserve Pre-trained Knowledge},
+  author = {Tang, Pengwei and Hu, Xiaolin and Liu, Yong and Ding, Lizhong and Zhang, Dongjie and
+            Wu, Xing and Zhang, Debing},
+  year = {2025},
+  eprint = {2503.02659},
+  archivePrefix = {arXiv},
+  note = {First version: {LoRA-Null}: Low-Rank Adaptation via Null Space for Large Language Models}
+}"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoRANull(Method):
@@ -47,6 +58,7 @@ class LoRANull(Method):
     name: ClassVar[str] = "lora-null"
     title: ClassVar[str] = "A starts in the null space of preserve activations"
     paper: ClassVar[str] = "LoRA-Null, arXiv:2503.02659"
+    bibtex: ClassVar[tuple[str, ...]] = (_BIBTEX,)
     promise: ClassVar[str] = (
         "trains: b keeps every layer's output on inputs like the preserve data, whatever B "
         "becomes; trains: both only starts there"

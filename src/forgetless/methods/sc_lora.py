@@ -32,6 +32,17 @@ from forgetless.methods.base import (
 Normalisation = Literal["trace", "tokens", "samples"]
 
 
+_BIBTEX = """\
+@misc{luo2025sclora,
+  title = {{SC-LoRA}: Balancing Efficient Fine-tuning and Knowledge Preservation via
+           Subspace-Constrained {LoRA}},
+  author = {Luo, Minrui and Kuang, Fuhang and Wang, Yu and Liu, Zirui and He, Tianxing},
+  year = {2025},
+  eprint = {2505.23724},
+  archivePrefix = {arXiv}
+}"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SCLoRA(Method):
     """SC-LoRA.
@@ -53,6 +64,7 @@ class SCLoRA(Method):
     name: ClassVar[str] = "sc-lora"
     title: ClassVar[str] = "output confined to where train data are strong and preserve data weak"
     paper: ClassVar[str] = "SC-LoRA, arXiv:2505.23724"
+    bibtex: ClassVar[tuple[str, ...]] = (_BIBTEX,)
     promise: ClassVar[str] = (
         "starts where a change costs preserve data least; bounds nothing afterwards (trains: a "
         "keeps the output subspace)"

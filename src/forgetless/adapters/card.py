@@ -1,0 +1,181 @@
+"""The model card of an adapter folder: README.md with front matter, as model hubs read it.
+
+It holds no rows of data and no generated text, and names a local base by its folder's name only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from forgetless.adapters.load import read_adapter_config
+from forgetless.atomic import write_atomically
+from forgetless.escaping import clean, markdown_code, markdown_text
+from forgetless.methods import method_options
+from forgetless.methods.base import Method
+from forgetless.models.demo_model import FOLDER, HUB_ID
+from forgetless.models.load import DEMO
+
+CARD = "README.md"
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CardFacts:
+    """What is known of an adapter beside its own files; any of it may be missing.
+
+    Attributes:
+        base: The base model as the user named it; else the adapter's configuration tells.
+        method: How it was started.
+        recipe: The resolved recipe that it was trained by, as plain values.
+        figures: Gain and retention as a Markdown table, escaped.
+        notes: Sentences on how these figures are to be read.
+        trained: Steps, rate and seed, in one line.
+        made: When and with what it was made, in one line.
+    """
+
+    base: str | None = None
+    method: Method | None = None
+    recipe: Mapping[str, Any] | None = None
+    figures: str = ""
+    notes: tuple[str, ...] = ()
+    trained: str = ""
+    made: str = ""
+
+
+def write_card(
+    folder: Path, facts: CardFacts, *, config: Mapping[str, Any] | None = None, merged: bool = False
+) -> Path:
+    """Write, or replace, the card of a folder; a reader sees the whole of it or the old one.
+
+    Args:
+        folder: An adapter's, or that of a merged model.
+        facts: What is known.
+        config: The adapter's configuration; that in the folder by default.
+        merged: Whether the folder holds a whole model.
+
+    Raises:
+        AdapterError: No configuration is given, and none lies in the folder.
+    """
+    values = read_adapter_config(folder) if config is None else config
+    return write_atomically(folder / CARD, card_text(values, facts, merged=merged))
+
+
+def card_text(config: Mapping[str, Any], facts: CardFacts, *, merged: bool = False) -> str:
+    """The card of an adapter, or of a model with its update merged in.
+
+    Args:
+        config: The adapter's configuration, as `adapter_config.json` holds it.
+        facts: What else is known.
+        merged: Whether the card is for a whole model.
+    """
+    base = base_label(facts.base or config.get("base_model_name_or_path") or "")
+    kind = "Merged model" if merged else "LoRA adapter"
+    parts = [
+        _front_matter(base, config, facts, merged),
+        f"# {kind} for {markdown_text(base) or 'an unnamed base model'}",
+        _what(base, config, facts, merged),
+    ]
+    if facts.figures:
+        legend = (
+            "Base and tuned model on held-out rows; in brackets the change from the base and its "
+            "95 % interval, paired by row."
+        )
+        notes = " ".join([legend, *map(markdown_text, facts.notes)])
+        parts += ["## Gain and retention", notes, facts.figures.strip()]
+    parts += ["## Loading", markdown_code(_loading(base, config, merged), "python")]
+    if facts.recipe is not None:
+        text = yaml.safe_dump(_without_rows(facts.recipe), sort_keys=False, allow_unicode=True)
+        parts += ["## Recipe", markdown_code(text, "yaml")]
+    if facts.method is not None:
+        parts += ["## Citation", markdown_code("\n\n".join(facts.method.bibtex), "bibtex")]
+    return "\n\n".join(parts) + "\n"
+
+
+def base_label(name: str) -> str:
+    """What to call a base model in public: its hub id; of a local folder its own name only."""
+    path = Path(name).expanduser()
+    if name == DEMO or path.name == FOLDER:
+        return HUB_ID
+    is_local = path.is_absolute() or path.is_dir() or not _HUB_ID.fullmatch(name)
+    return clean(path.absolute().name) if name and is_local else name
+
+
+def _front_matter(base: str, config: Mapping[str, Any], facts: CardFacts, merged: bool) -> str:
+    tags = ["lora", "forgetless", *([facts.method.name] if facts.method else [])]
+    values = {
+        **({"base_model": base} if base else {}),
+        "base_model_relation": "finetune" if merged else "adapter",
+        "library_name": "transformers" if merged else "peft",
+        "pipeline_tag": "text2text-generation" if _is_seq2seq(config) else "text-generation",
+        "tags": list(dict.fromkeys(tags)),
+    }
+    return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---"
+
+
+def _what(base: str, config: Mapping[str, Any], facts: CardFacts, merged: bool) -> str:
+    layers = config.get("target_modules") or ()
+    named = ", ".join(sorted(layers)) if not isinstance(layers, str) else layers
+    revision = f", revision {config['revision']}" if config.get("revision") else ""
+    lines = [
+        f"- Base model: {markdown_text((base or 'not recorded') + revision)}",
+        f"- Update: {'merged from a ' if merged else ''}LoRA of rank {config.get('r')}, alpha "
+        f"{config.get('lora_alpha')}, on {markdown_text(named)}",
+    ]
+    if facts.method is not None:
+        options = method_options(facts.method).items()
+        chosen = ", ".join(f"{k} {v}" for k, v in options if k != "name" and v is not None)
+        lines += [
+            f"- Method: {facts.method.name}, {chosen} ({facts.method.paper})",
+            f"- What it does: {markdown_text(facts.method.title)}",
+            f"- What it promises: {markdown_text(facts.method.promise)}",
+        ]
+    if facts.trained:
+        lines.append(f"- Trained: {markdown_text(facts.trained)}")
+    lines.append(f"- Made with forgetless{markdown_text(facts.made and f': {facts.made}')}")
+    return "\n".join(lines)
+
+
+def _loading(base: str, config: Mapping[str, Any], merged: bool) -> str:
+    """Python that loads the folder; a local base has to be named anew."""
+    kind = "AutoModelForSeq2SeqLM" if _is_seq2seq(config) else "AutoModelForCausalLM"
+    if merged:
+        return (
+            f"from transformers import AutoTokenizer, {kind}\n\n"
+            f'model = {kind}.from_pretrained("this-folder")\n'
+            'tokenizer = AutoTokenizer.from_pretrained("this-folder")'
+        )
+    revision = f", revision={config['revision']!r}" if config.get("revision") else ""
+    return (
+        "from peft import PeftModel\n"
+        f"from transformers import AutoTokenizer, {kind}\n\n"
+        f"base = {kind}.from_pretrained({base!r}{revision})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({base!r}{revision})\n"
+        'model = PeftModel.from_pretrained(base, "this-folder")'
+    )
+
+
+def _is_seq2seq(config: Mapping[str, Any]) -> bool:
+    return str(config.get("task_type")).endswith("SEQ_2_SEQ_LM")
+
+
+def _without_rows(value: Any) -> Any:
+    """A recipe without what was not set, and whose rows, if given in Python, are only counted."""
+    if isinstance(value, Mapping):
+        is_set = {k: v for k, v in value.items() if v is not None and (k, v) != ("self", False)}
+        return {key: _counted(key, entry) for key, entry in is_set.items()}
+    if isinstance(value, list):
+        return [_without_rows(entry) for entry in value]
+    return value
+
+
+def _counted(key: str, value: Any) -> Any:
+    if key == "examples":
+        count = f"{len(value)} " if isinstance(value, list) else ""
+        return f"{count}row{'' if count == '1 ' else 's'} given in Python"
+    return _without_rows(value)

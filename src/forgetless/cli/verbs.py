@@ -1,0 +1,252 @@
+"""Verbs that work: demo, run and its parts, evaluate, report, export."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from forgetless.cli.options import Json, Overrides, Quiet, RecipePath, Verbose
+from forgetless.cli.output import (
+    print_json,
+    print_summary,
+    print_text,
+    progress_of,
+    results_only,
+)
+from forgetless.errors import AdapterError
+
+
+def demo(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer rows: shows the way, claims nothing.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option(help="Folder for data, runs and report.")] = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Fine-tune a small model twice, plain LoRA and LoRA-Null, and compare what they forgot."""
+    from forgetless.experiments.demo import run_demo
+
+    folder = output or Path("forgetless-demo-quick" if quick else "forgetless-demo")
+    result = run_demo(folder, quick=quick, progress=progress_of(quiet, verbose), resume=_again())
+    print_summary(result.records)
+    print_text(
+        f"\nReport: {result.report}\n\n"
+        "The same with your own data: the demo's recipes are plain YAML files,\n"
+        f"  {folder}/lora-null.yaml\n"
+        "Change model, train_data and preserve_data in a copy, then\n"
+        "  forgetless run my-recipe.yaml output=runs/mine\n"
+    )
+
+
+def run(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Calibrate, initialise, train, measure, report and export: all that a recipe asks for."""
+    from forgetless.experiments.record import load_record
+    from forgetless.experiments.run import run as run_recipe
+    from forgetless.experiments.runs import name_runs
+    from forgetless.experiments.tables import figures
+    from forgetless.recipe import load_recipe
+
+    made = load_recipe(recipe, overrides or ())
+    with results_only(as_json):
+        path = run_recipe(made, progress=progress_of(quiet, verbose), resume=_again())
+    record = load_record(path)
+    paths = {"report": path.parent / "report.html", "adapter": path.parent / "adapter"}
+    if as_json:
+        named = {"record": path} | paths
+        print_json(
+            {k: str(v) for k, v in named.items()} | {"figures": figures(name_runs([record]))}
+        )
+        return
+    print_summary([record])
+    print_text(f"\nReport:  {paths['report']}\nAdapter: {paths['adapter']}")
+
+
+def calibrate(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Collect second moments only; they are cached, and a later run re-uses them."""
+    from forgetless.experiments.run import calibrate_only
+    from forgetless.recipe import load_recipe
+
+    attached = calibrate_only(
+        load_recipe(recipe, overrides or ()), progress=progress_of(quiet, verbose), resume=_again()
+    )
+    for role, found in attached.moments.items():
+        widest = max(moment.width for moment in found.moments.values())
+        print_text(
+            f"{role}: {found.num_tokens} tokens at {len(found.moments)} sites, the widest {widest}"
+        )
+    if not attached.moments:
+        print_text(f"method {attached.method.name} needs no calibration")
+
+
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train only; a later run of the same recipe goes on with the evaluation."""
+    from forgetless.experiments.run import train_only
+    from forgetless.recipe import load_recipe
+
+    facts = train_only(
+        load_recipe(recipe, overrides or ()), progress=progress_of(quiet, verbose), resume=_again()
+    )
+    last = f", last loss {facts.curve[-1].loss:.3f}" if facts.curve else ""
+    print_text(f"{facts.steps} steps, {facts.tokens} tokens{last}")
+    if facts.validation_nll is not None:
+        print_text(f"validation NLL {facts.validation_nll:.4f}")
+
+
+def evaluate(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(help="Any PEFT LoRA on the recipe's model: its folder, or that of a run."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Also write all figures to this file, as JSON.")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure an adapter that somebody trained, with a recipe's model and evaluation items."""
+    from forgetless.experiments.markdown import evaluation_table
+    from forgetless.experiments.measure_adapter import (
+        check_figures_file,
+        measure_adapter,
+        write_figures,
+    )
+    from forgetless.recipe import load_recipe
+
+    made = load_recipe(recipe, overrides or ())
+    if output is not None:
+        check_figures_file(output)
+    with results_only(as_json):
+        reports = measure_adapter(
+            made, adapter or made.output, progress=progress_of(quiet, verbose)
+        )
+    if as_json:
+        # Rows one by one are for --output.
+        shown = [r.model_dump_json(exclude={"items": {"__all__": {"row_values"}}}) for r in reports]
+        print_json({"reports": [json.loads(text) for text in shown]})
+    elif Console().is_terminal:
+        print_text("\n\n".join(str(report) for report in reports))
+    else:
+        print_text(evaluation_table(reports))
+    if output is not None:
+        written = write_figures(reports, output)
+        if not as_json:
+            print_text(f"\nFigures: {written}")
+
+
+def report(
+    records: Annotated[list[Path], typer.Argument(help="record.json files, or run folders.")],
+    output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
+    as_json: Json = False,
+) -> None:
+    """Write one self-contained HTML report of one or several finished runs."""
+    from forgetless.experiments.record import load_record
+    from forgetless.experiments.report import write_report
+    from forgetless.experiments.runs import name_runs
+    from forgetless.experiments.tables import figures
+
+    found = [load_record(p / "record.json" if p.is_dir() else p) for p in records]
+    written = write_report(found, output)
+    if as_json:
+        print_json({"report": str(written), "figures": figures(name_runs(found))})
+        return
+    print_summary(found)
+    print_text(f"\nReport: {written}")
+
+
+def export_adapter(
+    adapter: Annotated[Path, typer.Argument(help="Adapter, checkpoint or run folder.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+    model: Annotated[
+        str | None, typer.Option(help="Base model; the adapter's own by default.")
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="peft (the default), vllm, sglang or tgi: an adapter that keeps the engine's "
+            "rules; merged: a whole model."
+        ),
+    ] = None,
+    scale: Annotated[float, typer.Option(help="Factor on the update.")] = 1.0,
+    max_rank: Annotated[
+        int | None, typer.Option(help="Cut the rank to this, and say what that loses.")
+    ] = None,
+    moments_data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH|self",
+            help="Data like those that the adapter is used on: the cut loses least there.",
+        ),
+    ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="The same as --target merged.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write an adapter that PEFT and an engine take, or a merged model, and check it by reloading.
+
+    Everything but `merged` is a plain LoRA of one rank that loads with peft alone.
+    """
+    from forgetless.experiments.exporting import export_folder
+
+    if merge and target not in (None, "merged"):
+        raise AdapterError(
+            f"--merge: expected no other --target, got {target}; --merge is --target merged"
+        )
+    chosen = "merged" if merge else target or "peft"
+    progress = progress_of(quiet, verbose)
+    with results_only(as_json):
+        done = export_folder(
+            adapter,
+            output,
+            model=model,
+            target=chosen,
+            scale=scale,
+            max_rank=max_rank,
+            moments_data=moments_data,
+            progress=progress,
+        )
+    if as_json:
+        print_json({"folder": str(output), "target": chosen, **done.figures()})
+        return
+    print_text(f"{done.summary}: {output}")
+    print_text(
+        f"reloaded: logits differ by at most {done.check.max_difference:.2e} "
+        f"(largest logit {done.check.max_logit:.1f}),\n"
+        f"the update of a layer by at most {done.check.max_update_error:.2e} of its norm"
+    )
+    if done.compression is not None:
+        for line in done.compression.lines():
+            print_text(line)
+        if done.is_adapter:
+            print_text(f"gain after the cut: forgetless evaluate RECIPE --adapter {output}")
+
+
+def _again() -> str:
+    """The command that the user typed, to type again."""
+    return shlex.join(["forgetless", *sys.argv[1:]])

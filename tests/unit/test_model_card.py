@@ -1,0 +1,191 @@
+"""The model card, read back with yaml and a small reader of Markdown fences."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from report_records import realistic_records
+
+from forgetless.adapters.card import CARD, CardFacts, base_label, card_text, write_card
+from forgetless.errors import AdapterError
+from forgetless.experiments.model_card import card_facts, write_export_card
+from forgetless.experiments.record import Record, save_record
+from forgetless.methods import METHODS, make_method
+
+CONFIG: dict[str, Any] = {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "base_model_name_or_path": "org/base",
+    "revision": "abc123",
+    "r": 8,
+    "lora_alpha": 8,
+    "target_modules": ["v_proj", "q_proj"],
+}
+HOSTILE = 'x</script>\n---\nlicense: evil\n# Owned\n```\n[a](http://b) | c "d": *e* \x1b[31m'
+
+
+def front_matter(card: str) -> dict[str, Any]:
+    """What stands between the first two rules."""
+    _, matter, _ = card.split("---\n", 2)
+    loaded = yaml.safe_load(matter)
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+def fences(card: str) -> list[tuple[str, str]]:
+    """Language and content of each fenced block, by CommonMark's rule for its end."""
+    found, lines = [], iter(card.splitlines())
+    for line in lines:
+        opened = re.fullmatch(r"(`{3,})(\w*)", line)
+        if opened:
+            content = []
+            for inner in lines:
+                if re.fullmatch(rf"`{{{len(opened[1])},}}", inner):
+                    break
+                content.append(inner)
+            found.append((opened[2], "\n".join(content)))
+    return found
+
+
+def record_with(**changes: Any) -> Record:
+    return realistic_records()[1].model_copy(update=changes)
+
+
+def test_front_matter_names_library_and_base() -> None:
+    matter = front_matter(card_text(CONFIG, CardFacts(method=make_method("lora-null"))))
+    assert matter["library_name"] == "peft"
+    assert matter["base_model"] == "org/base"
+    assert matter["base_model_relation"] == "adapter"
+    assert matter["tags"] == ["lora", "forgetless", "lora-null"]
+    merged = front_matter(card_text(CONFIG, CardFacts(), merged=True))
+    assert (merged["library_name"], merged["base_model_relation"]) == ("transformers", "finetune")
+
+
+def test_hostile_names_stay_text() -> None:
+    record = record_with(label=HOSTILE, recipe={"model": HOSTILE, "label": HOSTILE})
+    facts = card_facts(record)
+    config = CONFIG | {"target_modules": [HOSTILE], "revision": HOSTILE}
+    card = card_text(config, facts)
+    assert set(front_matter(card)) == {
+        "base_model",
+        "base_model_relation",
+        "library_name",
+        "pipeline_tag",
+        "tags",
+    }
+    assert "\x1b" not in card
+    outside = card
+    for _, content in fences(card):
+        outside = outside.replace(content, "")
+    headings = re.findall(r"^#+ (.+)$", outside, re.MULTILINE)
+    expected = ["Gain and retention", "Loading", "Recipe", "Citation"]
+    assert headings[1:] == expected
+    assert "<" not in outside.replace("&lt;", "")
+    assert not re.search(r"(?<!\\)\]\(", outside)
+    [recipe] = [content for language, content in fences(card) if language == "yaml"]
+    assert yaml.safe_load(recipe)["label"] == HOSTILE
+
+
+def test_a_card_holds_no_rows_and_no_generations() -> None:
+    rows = [{"text": "a secret row"}]
+    spec = {"examples": rows, "path": None, "self": False, "seed": 0}
+    record = record_with(recipe={"train_data": [spec], "seed": 0, "targets": None})
+    samples = [sample for item in record.evaluation.items for sample in item.samples]
+    texts = [t for s in samples for t in (s.prompt, s.base, s.tuned) if len(t) > 5]
+    assert texts
+    card = card_text(CONFIG, card_facts(record))
+    for text in ("a secret row", *texts):
+        assert text not in card
+    [recipe] = [content for language, content in fences(card) if language == "yaml"]
+    kept = {"train_data": [{"examples": "1 row given in Python", "seed": 0}], "seed": 0}
+    assert yaml.safe_load(recipe) == kept
+
+
+def test_the_table_holds_the_records_figures() -> None:
+    record = record_with()
+    card = card_text(CONFIG, card_facts(record))
+    [kl] = [line for line in card.splitlines() if line.startswith("| Kept: capitals, KL")]
+    [item] = [item for item in record.evaluation.items if item.name == "capitals"]
+    assert f"{item.metrics['kl'].tuned.mean:.4f}" in kl
+
+
+def test_figures_of_a_scaled_export_are_those_of_its_scale_or_say_so() -> None:
+    record = record_with()
+    half = card_facts(record, scale=0.5)
+    assert "scale 0.5" in half.figures.splitlines()[0]
+    assert half.figures != card_facts(record).figures
+    other = card_facts(record, scale=0.42)
+    assert "those at scale 1" in " ".join(other.notes)
+
+
+def test_the_loading_code_runs_up_to_the_download() -> None:
+    for merged in (False, True):
+        for language, content in fences(card_text(CONFIG, CardFacts(), merged=merged)):
+            if language == "python":
+                compile(content, "card", "exec")
+                assert merged or "'org/base', revision='abc123'" in content
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("org/base", "org/base"),
+        ("gpt2", "gpt2"),
+        ("demo", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ("/home/somebody/secret/base", "base"),
+        ("../models/base", "base"),
+        ("", ""),
+    ],
+)
+def test_a_local_base_is_named_without_its_path(name: str, expected: str) -> None:
+    assert base_label(name) == expected
+
+
+def test_an_export_finds_the_record_beside_its_adapter(tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    for folder in (run / "adapter", out):
+        folder.mkdir(parents=True)
+        (folder / "adapter_config.json").write_text(json.dumps(CONFIG))
+    write_export_card(out, run / "adapter")
+    assert "Gain and retention" not in (out / CARD).read_text()
+    save_record(record_with(method={"name": "lora-null", "rank": 8}), run / "record.json")
+    write_export_card(out, run / "adapter")
+    card = (out / CARD).read_text()
+    assert "## Gain and retention" in card
+    assert "2503.02659" in card
+    (run / "record.json").write_text('{"schema_version": 1, "label')
+    heard: list[str] = []
+    write_export_card(out, run / "adapter", warn=heard.append)
+    assert "truncated" in heard[0]
+    assert sorted(path.name for path in out.iterdir()) == [CARD, "adapter_config.json"]
+
+
+def test_a_folder_without_an_adapter_gets_no_card(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="expected an adapter folder"):
+        write_card(tmp_path, CardFacts())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_bibtex_of_the_paper_that_it_names(name: str) -> None:
+    kind = METHODS[name]
+    paper = re.search(r"\d{4}\.\d{5}", kind.paper)
+    assert paper is not None
+    assert any(paper.group() in entry for entry in kind.bibtex)
+    for entry in kind.bibtex:
+        assert re.match(r"@(misc|article|inproceedings)\{[a-z]+\d{4}[a-z]+,\n", entry)
+        assert entry.count("{") == entry.count("}")
+        keys = re.findall(r"^  (\w+) = \{", entry, re.MULTILINE)
+        assert {"title", "author", "year", "eprint"} <= set(keys)
+        assert len(keys) == len(set(keys))
+
+
+def test_papers_have_keys_of_their_own() -> None:
+    entries = {entry for kind in METHODS.values() for entry in kind.bibtex}
+    keys = [entry.split("{", 1)[1].split(",", 1)[0] for entry in entries]
+    assert len(keys) == len(set(keys))
