@@ -17,8 +17,10 @@ from forgetless.errors import ForgetlessError, ForgetlessWarning
 
 if TYPE_CHECKING:
     from forgetless.adapters.attach import attach
-    from forgetless.adapters.export import export, save_merged
+    from forgetless.adapters.export import export
+    from forgetless.adapters.lint import lint_adapter
     from forgetless.adapters.load import load_adapter
+    from forgetless.adapters.merge import save_merged
     from forgetless.evaluation.evaluate import evaluate
     from forgetless.experiments.report import write_report
     from forgetless.experiments.run import run
@@ -34,13 +36,14 @@ _HOME = {
     "evaluate": "forgetless.evaluation.evaluate",
     "export": "forgetless.adapters.export",
     "initialize": "forgetless.training.initialize",
+    "lint_adapter": "forgetless.adapters.lint",
     "load_adapter": "forgetless.adapters.load",
     "load_model": "forgetless.models.load",
     "load_recipe": "forgetless.recipe",
     "MonitorRetention": "forgetless.training.monitor",
     "Recipe": "forgetless.recipe",
     "run": "forgetless.experiments.run",
-    "save_merged": "forgetless.adapters.export",
+    "save_merged": "forgetless.adapters.merge",
     "write_report": "forgetless.experiments.report",
 }
 
@@ -53,6 +56,7 @@ __all__ = [
     "evaluate",
     "export",
     "initialize",
+    "lint_adapter",
     "load_adapter",
     "load_model",
     "load_recipe",

@@ -12,9 +12,12 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from forgetless.adapters import merge
+from forgetless.adapters.export import EXPORT_TARGETS
+from forgetless.adapters.export_target import ExportJob, ExportTarget
 from forgetless.adapters.forms import adapted_layers, factors
+from forgetless.adapters.round_trip import RoundTrip
 from forgetless.errors import AdapterError, ArtefactError, ForgetlessError
-from forgetless.experiments import exporting
 from forgetless.experiments.exporting import export_folder
 from forgetless.models import hardware
 
@@ -46,7 +49,7 @@ def test_a_merge_keeps_the_dtype_of_the_checkpoint_and_rounds_once(
 ) -> None:
     folder, updates, dtype = saved
     monkeypatch.setattr(hardware, "has_fast_bf16", lambda device: preferred == torch.bfloat16)
-    done = export_folder(folder, folder.parent / "merged", merge=True, scale=0.5)
+    done = export_folder(folder, folder.parent / "merged", target="merged", scale=0.5)
     assert done.dtype == dtype
     found = load_file(folder.parent / "merged" / "model.safetensors")
     base = load_file(folder.parent / "model" / "model.safetensors")
@@ -65,14 +68,14 @@ def test_a_merge_that_went_wrong_is_an_error(
     saved: tuple[Path, dict[str, torch.Tensor], torch.dtype], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, _, _ = saved
-    honest = exporting.save_merged
+    honest = merge.save_merged
 
-    def wrong(model: object, output: Path, *, scale: float, dtype: torch.dtype) -> Path:
-        return honest(model, output, scale=scale * 9, dtype=dtype)  # type: ignore[arg-type]
+    def wrong(model: object, output: Path, *, scale: float, **others: object) -> Path:
+        return honest(model, output, scale=scale * 9, **others)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(exporting, "save_merged", wrong)
+    monkeypatch.setattr(merge, "save_merged", wrong)
     with pytest.raises(AdapterError, match=r"merge: .* expected W \+ ΔW rounded once"):
-        export_folder(folder, folder.parent / "merged", merge=True)
+        export_folder(folder, folder.parent / "merged", target="merged")
 
 
 def test_a_truncated_configuration_is_one_line(tmp_path: Path) -> None:
@@ -88,3 +91,35 @@ def test_the_folder_of_a_stopped_run_names_its_checkpoints(tmp_path: Path, insid
     (checkpoint / "adapter_config.json").write_text("{}")
     with pytest.raises(ForgetlessError, match="checkpoints/checkpoint-40"):
         export_folder(tmp_path / "run" / inside, tmp_path / "out")
+
+
+class Listing(ExportTarget):
+    """One more target: names of layers and their ranks in a text file."""
+
+    name = "listing"
+
+    def write(self, job: ExportJob) -> torch.dtype:
+        job.folder.mkdir(parents=True)
+        ranks = {
+            n: factors(x, job.adapter)[0].shape[0] for n, x in adapted_layers(job.model).items()
+        }
+        (job.folder / "list.txt").write_text(repr(ranks))
+        return torch.float32
+
+    def compare(self, job: ExportJob, input_ids_BT: torch.Tensor) -> RoundTrip:
+        assert (job.folder / "list.txt").is_file()
+        return RoundTrip(0.0, 1.0, 0.0)
+
+    def summary(self, rank: int, dtype: torch.dtype) -> str:
+        return f"list of rank {rank}"
+
+
+@pytest.mark.filterwarnings("ignore:export. rank 4 is cut")
+def test_a_further_target_is_one_more_object(
+    saved: tuple[Path, dict[str, torch.Tensor], torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _, _ = saved
+    monkeypatch.setitem(EXPORT_TARGETS, "listing", Listing())
+    done = export_folder(folder, folder.parent / "out", target="listing", max_rank=3)
+    assert done.summary == "list of rank 3"
+    assert "q_proj': 3" in (folder.parent / "out" / "list.txt").read_text()

@@ -13,9 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from forgetless.adapters import export as export_module
-from forgetless.adapters.export import export, save_merged
+from forgetless.adapters import plain_files
+from forgetless.adapters.export import export
 from forgetless.adapters.forms import adapted_layers, form_of
+from forgetless.adapters.merge import save_merged
 from forgetless.adapters.round_trip import check_round_trip
 from forgetless.adapters.scale import scaled_adapter
 from forgetless.errors import AdapterError
@@ -147,7 +148,7 @@ def test_an_export_that_fails_leaves_what_was_there(
         path.write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(export_module, "save_file", full)
+    monkeypatch.setattr(plain_files, "save_file", full)
     model = lora(tiny_model, r=2, target_modules=["v_proj"])
     with pytest.raises(AdapterError, match="could not write"):
         export(model, tmp_path)

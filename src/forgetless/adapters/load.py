@@ -56,7 +56,7 @@ def load_adapter(
     tensors = _read_tensors(folder)
     holds_both = read_adapter_config(folder).get("init_lora_weights") == LIVE_BOTH
     with ExitStack() as undo:
-        undo.callback(_undo_for(base, adapter))
+        undo.callback(removal(base, adapter))
         model = _inject(base, config, adapter, folder)
         if holds_both or any(f".{FIXED_A}." in key for key in tensors):
             for layer in adapted_layers(model, adapter).values():
@@ -146,8 +146,11 @@ def _inject(
         ) from error
 
 
-def _undo_for(base: PreTrainedModel | PeftModel, adapter: str) -> Callable[[], None]:
-    """What takes a half-loaded adapter off again, however far PEFT came."""
+def removal(base: PreTrainedModel | PeftModel, adapter: str) -> Callable[[], None]:
+    """What takes an adapter that is about to be loaded off again, however far PEFT comes.
+
+    Layers that PEFT wraps for it are unwrapped, so that modules, flags and modes are as now.
+    """
     children = [(m, name, child) for m in base.modules() for name, child in m.named_children()]
     flags = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
     modes = [(module, module.training) for module in base.modules()]

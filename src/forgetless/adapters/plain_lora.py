@@ -22,6 +22,7 @@ KEEPS_BASE: frozenset[bool | str | None] = frozenset(
 _BESIDE = {
     "modules_to_save": "train without modules_to_save",
     "lora_bias": "train with lora_bias=False",
+    "use_dora": "train with use_dora=False, or merge it with PEFT's merge_and_unload()",
     "trainable_token_indices": "train without trainable_token_indices",
     "target_parameters": "name linear layers in target_modules",
     "layer_replication": "save the replicated model as a base of its own, and train on that",
@@ -49,7 +50,7 @@ def refuse_changed_base(where: str, init: Any) -> None:
 
 def beyond_plain_lora(config: Mapping[str, Any]) -> list[str]:
     """Options of an adapter's configuration that a plain LoRA cannot hold, as `name=value`."""
-    found = [name for name in (*_BESIDE, "use_dora") if config.get(name)]
+    found = [name for name in _BESIDE if config.get(name)]
     if config.get("bias", "none") != "none":
         found.append("bias")
     if config.get("init_lora_weights", True) not in KEEPS_BASE:

@@ -19,6 +19,7 @@ from forgetless.cli.output import (
     progress_of,
     results_only,
 )
+from forgetless.errors import AdapterError
 
 
 def demo(
@@ -184,39 +185,66 @@ def export_adapter(
     model: Annotated[
         str | None, typer.Option(help="Base model; the adapter's own by default.")
     ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="peft (the default), vllm, sglang or tgi: an adapter that keeps the engine's "
+            "rules; merged: a whole model."
+        ),
+    ] = None,
     scale: Annotated[float, typer.Option(help="Factor on the update.")] = 1.0,
-    merge: Annotated[bool, typer.Option("--merge", help="Write a merged model instead.")] = False,
+    max_rank: Annotated[
+        int | None, typer.Option(help="Cut the rank to this, and say what that loses.")
+    ] = None,
+    moments_data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH|self",
+            help="Data like those that the adapter is used on: the cut loses least there.",
+        ),
+    ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="The same as --target merged.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write a plain LoRA adapter that loads with peft alone, and check it by loading it again."""
+    """Write an adapter that PEFT and an engine take, or a merged model, and check it by reloading.
+
+    Everything but `merged` is a plain LoRA of one rank that loads with peft alone.
+    """
     from forgetless.experiments.exporting import export_folder
 
+    if merge and target not in (None, "merged"):
+        raise AdapterError(
+            f"--merge: expected no other --target, got {target}; --merge is --target merged"
+        )
+    chosen = "merged" if merge else target or "peft"
     progress = progress_of(quiet, verbose)
     with results_only(as_json):
         done = export_folder(
-            adapter, output, model=model, scale=scale, merge=merge, progress=progress
+            adapter,
+            output,
+            model=model,
+            target=chosen,
+            scale=scale,
+            max_rank=max_rank,
+            moments_data=moments_data,
+            progress=progress,
         )
     if as_json:
-        values = {
-            "folder": str(output),
-            "kind": "merged" if merge else "adapter",
-            "rank": done.rank,
-            "dtype": str(done.dtype).removeprefix("torch."),
-            "max_difference": done.check.max_difference,
-            "max_logit": done.check.max_logit,
-            "max_update_error": done.check.max_update_error,
-        }
-        print_json(values)
+        print_json({"folder": str(output), "target": chosen, **done.figures()})
         return
-    kind = f"merged model in {done.dtype}" if merge else f"LoRA of rank {done.rank}"
-    print_text(f"{kind}: {output}")
+    print_text(f"{done.summary}: {output}")
     print_text(
         f"reloaded: logits differ by at most {done.check.max_difference:.2e} "
         f"(largest logit {done.check.max_logit:.1f}),\n"
         f"the update of a layer by at most {done.check.max_update_error:.2e} of its norm"
     )
+    if done.compression is not None:
+        for line in done.compression.lines():
+            print_text(line)
+        if done.is_adapter:
+            print_text(f"gain after the cut: forgetless evaluate RECIPE --adapter {output}")
 
 
 def _again() -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from forgetless.adapters.card import CardFacts, write_card
-from forgetless.adapters.load import read_adapter_config
+from forgetless.adapters.compress import Compression
+from forgetless.adapters.load import CONFIG, read_adapter_config
 from forgetless.errors import ArtefactError
 from forgetless.experiments.markdown import markdown_table
 from forgetless.experiments.record import Record, load_record
@@ -54,6 +56,7 @@ def write_export_card(
     base: str | None = None,
     scale: float = 1.0,
     merged: bool = False,
+    cut: Compression | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> None:
     """Give an exported folder its card, with the figures of the run that the adapter came from.
@@ -64,6 +67,7 @@ def write_export_card(
         base: The base model where the user named one.
         scale: Factor on ΔW.
         merged: Whether `output` is a merged model.
+        cut: What cutting the rank did; the run's figures are then not those of `output`.
         warn: Told of a record that cannot be read; the card then does without it.
     """
     facts = CardFacts(base=base)
@@ -74,4 +78,9 @@ def write_export_card(
         except ArtefactError as error:
             if warn is not None:
                 warn(f"the model card has no figures: {error}")
-    write_card(output, facts, config=read_adapter_config(source) if merged else None, merged=merged)
+    if cut is not None:
+        ranks = f"rank cut from {cut.rank_before} to {cut.rank}"
+        words = f"{ranks}, gain and retention not measured since"
+        facts = replace(facts, figures="", trained="; ".join(filter(None, [facts.trained, words])))
+    config = None if (output / CONFIG).is_file() else read_adapter_config(source)
+    write_card(output, facts, config=config, merged=merged)

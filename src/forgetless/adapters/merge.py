@@ -1,0 +1,133 @@
+"""Write the base with the update added to its weights: a model that needs no adapter."""
+
+# Shape letters in this file: D = layer input width, O = layer output width, R = rank.
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from forgetless.adapters.export_target import ExportJob, ExportTarget
+from forgetless.adapters.forms import adapted_layers, factors
+from forgetless.adapters.plain_lora import refuse_what_plain_lora_cannot_hold
+from forgetless.adapters.round_trip import RoundTrip, check_merged
+from forgetless.errors import AdapterError
+from forgetless.linalg.precision import full_precision
+from forgetless.models.load import load_model
+from forgetless.models.targets import base_of
+
+
+class MergedModel(ExportTarget):
+    """W + ΔW in every adapted layer; any engine that serves the base serves this."""
+
+    name = "merged"
+    is_adapter = False
+
+    def write(self, job: ExportJob) -> torch.dtype:
+        """The whole model, and the tokenizer where the job has one."""
+        save_merged(
+            job.model,
+            job.folder,
+            scale=job.scale,
+            adapter=job.adapter,
+            dtype=job.checkpoint_dtype,
+        )
+        if job.tokenizer is not None:
+            job.tokenizer.save_pretrained(str(job.folder))
+        return _dtype(job)
+
+    def compare(self, job: ExportJob, input_ids_BT: Tensor) -> RoundTrip:
+        """Load the model that was written."""
+        merged = load_model(str(job.folder), dtype=_dtype(job), device=input_ids_BT.device).model
+        return check_merged(job.model, merged, input_ids_BT, scale=job.scale, adapter=job.adapter)
+
+    def summary(self, rank: int, dtype: torch.dtype) -> str:
+        """The rounding."""
+        saved = str(dtype).removeprefix("torch.")
+        return f"model with an update of rank {rank} added in float32, saved as {saved}"
+
+
+def _dtype(job: ExportJob) -> torch.dtype:
+    return job.checkpoint_dtype or base_of(job.model).dtype
+
+
+def save_merged(
+    model: PeftModel,
+    folder: Path | str,
+    *,
+    scale: float = 1.0,
+    adapter: str = "default",
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write the base with W + scale·ΔW, rounded once; biases and all else kept.
+
+    The live model is not changed.
+
+    Args:
+        model: A PeftModel with any of our forms, or any PEFT LoRA on linear layers.
+        folder: Where to write.
+        scale: Factor on ΔW.
+        adapter: Which adapter.
+        dtype: Of the weights written; the base's own by default.
+
+    Raises:
+        AdapterError: A quantised base, an adapter that is more than plain LoRA, or a folder or
+            configuration that cannot be written.
+    """
+    folder = Path(folder)
+    refuse_what_plain_lora_cannot_hold(model, adapter)
+    base = base_of(model)
+    state = {
+        key.replace(".base_layer.", "."): tensor
+        for key, tensor in base.state_dict(keep_vars=False).items()
+        if ".lora_" not in key
+    }
+    for name, layer in adapted_layers(model, adapter).items():
+        if not layer.get_base_layer().weight.is_floating_point():
+            raise AdapterError(
+                f"merge: layer {name} is quantised; load the base unquantised and merge there"
+            )
+        a_RD, b_OR = factors(layer, adapter)
+        with full_precision():
+            delta_OD = (b_OR @ a_RD) * scale
+        if isinstance(layer.get_base_layer(), Conv1D):
+            delta_OD = delta_OD.T
+        weight = state[f"{name}.weight"]
+        merged = weight.to(delta_OD.dtype) + delta_OD
+        state[f"{name}.weight"] = merged.to(dtype or weight.dtype).contiguous()
+    try:
+        base.save_pretrained(str(folder), state_dict=_cast(state, dtype))
+        if dtype is not None:  # save_pretrained writes that of the live model
+            config = copy.deepcopy(base.config)
+            config.dtype = dtype
+            config.save_pretrained(str(folder))
+    except ValueError as error:  # transformers checks what it copies, the base's settings too
+        first = str(error).strip().splitlines()[0]
+        raise AdapterError(
+            f"merge: transformers refuses to save this base ({first}); mend its "
+            "generation_config.json first"
+        ) from error
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(
+            f"merge: could not write {folder} ({str(error).strip()}); free some space, or choose "
+            "another folder"
+        ) from error
+    return folder
+
+
+def _cast(state: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Floating tensors in another dtype; tied ones stay one tensor."""
+    if dtype is None:
+        return state
+    made: dict[tuple[int, torch.Size], Tensor] = {}
+    found = dict(state)  # the originals stay alive, so that no address is used twice
+    for name, tensor in state.items():
+        if tensor.is_floating_point():
+            found[name] = made.setdefault((tensor.data_ptr(), tensor.shape), tensor.to(dtype))
+    return found
