@@ -111,7 +111,9 @@ _add(
     "A plain LoRA, or a merged model, with its model card.",
     "forgetless export runs/first my-adapter",
     "forgetless export runs/first my-adapter --scale 0.7",
-    "forgetless export runs/first my-model --merge",
+    "forgetless export runs/first my-model --target merged",
+    "forgetless export runs/first my-adapter --target vllm --max-rank 16 \\",
+    "    --moments-data train.jsonl",
     name="export",
 )
 _add(
