@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +20,7 @@ import forgetless
 from forgetless.errors import ForgetlessError
 
 if TYPE_CHECKING:
+    from forgetless.console import TerminalProgress
     from forgetless.experiments.record import Record
     from forgetless.methods.base import Method
 
@@ -178,7 +180,9 @@ def evaluate(
     made = load_recipe(recipe, overrides or ())
     if output is not None:
         check_figures_file(output)
-    reports = measure_adapter(made, adapter or made.output, progress=TerminalProgress())
+    progress = TerminalProgress()
+    with _told_on_stop(progress):
+        reports = measure_adapter(made, adapter or made.output, progress=progress)
     if Console().is_terminal:
         _print("\n\n".join(str(report) for report in reports))
     else:
@@ -215,9 +219,11 @@ def export_adapter(
     from forgetless.console import TerminalProgress
     from forgetless.experiments.exporting import export_folder
 
-    done = export_folder(
-        adapter, output, model=model, scale=scale, merge=merge, progress=TerminalProgress()
-    )
+    progress = TerminalProgress()
+    with _told_on_stop(progress):
+        done = export_folder(
+            adapter, output, model=model, scale=scale, merge=merge, progress=progress
+        )
     kind = f"merged model in {done.dtype}" if merge else f"LoRA of rank {done.rank}"
     _print(f"{kind}: {output}")
     _print(
@@ -287,6 +293,17 @@ def _print_summary(records: Sequence[Record]) -> None:
 
 def _print(text: str) -> None:
     Console(highlight=False, soft_wrap=True, markup=False).print(text)
+
+
+@contextmanager
+def _told_on_stop(progress: TerminalProgress) -> Iterator[None]:
+    """Say on Ctrl-C how to run again."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        progress.note("stopped. Run it again with this command:")
+        progress.command(_again())
+        raise
 
 
 def _again() -> str:

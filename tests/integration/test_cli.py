@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import re
+import shlex
 import warnings
 from pathlib import Path
 
@@ -195,6 +196,29 @@ def test_a_log_hears_of_a_long_phase_now_and_then(monkeypatch: pytest.MonkeyPatc
         "data, train: 59 of 100",
         "data, train: 89 of 100",
     ]
+
+
+def test_a_command_to_paste_stands_unwrapped_on_a_line_of_its_own() -> None:
+    log = io.StringIO()
+    command = shlex.join(["forgetless", "run", "my recipes/r.yaml", *["label='a [b]  c'"] * 9])
+    TerminalProgress(Console(file=log, width=80)).command(command)
+    assert log.getvalue() == f"{command}\n"
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "export"])
+def test_ctrl_c_in_a_short_command_names_the_command_to_run_again(
+    verb: str, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    module = "measure_adapter.measure_adapter" if verb == "evaluate" else "exporting.export_folder"
+    monkeypatch.setattr(f"forgetless.experiments.{module}", stop)
+    monkeypatch.setattr("sys.argv", ["forgetless", verb, "recipe.yaml", "out put"])
+    assert status(verb, recipe, *(["x"] if verb == "export" else [])) == 130
+    told = capsys.readouterr().err.splitlines()
+    assert "stopped" in told[-2]
+    assert told[-1] == f"forgetless {verb} recipe.yaml 'out put'"
 
 
 @pytest.mark.parametrize(

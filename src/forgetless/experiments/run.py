@@ -98,8 +98,12 @@ def _kept_on_failure(folder: RunFolder, heard: Progress, resume: str | None) -> 
     try:
         yield
     except KeyboardInterrupt:
-        again = f": {resume}" if resume else " with the same command"
-        heard.note(f"stopped; what is finished is kept in {folder.path}. Resume{again}")
+        heard.note(
+            f"stopped; what is finished is kept in {folder.path}. Resume with "
+            f"{'this command:' if resume else 'the same command'}"
+        )
+        if resume:
+            heard.command(resume)
         raise
     except OSError as error:
         where = error.filename or folder.path
@@ -239,7 +243,7 @@ class _Run:
             f"{options.num_steps(len(data.train_rows))} steps at learning rate "
             f"{options.learning_rate:g} ({options.learning_rate_source})"
         )
-        facts = train(
+        return train(
             attached.model,
             loaded.tokenizer,
             data.train_rows,
@@ -248,11 +252,11 @@ class _Run:
             seed=self.recipe.seed,
             start=attached.origin,
             validation_rows=data.validation_rows,
-            callbacks=[ReportSteps(self._advance)],
+            callbacks=[ReportSteps(self._advance, resumed=self._tell_resumed)],
         )
-        if facts.resumed_from:
-            self.progress.note(f"resumed from step {facts.resumed_from[-1]}")
-        return facts
+
+    def _tell_resumed(self, step: int) -> None:
+        self.progress.note(f"resumed from step {step}")
 
     def _evaluate(
         self, loaded: LoadedModel, attached: Attached
