@@ -14,7 +14,6 @@ import yaml
 from forgetless.data.validation import TEXT_KINDS, key_path, shortened
 from forgetless.errors import RecipeError
 
-
 # Keys that hold a list, or its one entry.
 _LISTS = frozenset({"train_data", "preserve_data", "evaluation.gain", "evaluation.retention"})
 
@@ -125,7 +124,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def quoting_hint(message: str, overrides: Sequence[str]) -> str:
-    """What to do where YAML has read a text that was overridden as a number, a mapping, …"""
+    """What to do where YAML has read an overridden text as something else, such as a number."""
     for override in overrides:
         path, _, text = override.partition("=")
         value = _value(text)

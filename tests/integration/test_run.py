@@ -315,6 +315,30 @@ def test_loggers_that_are_not_there_are_refused_before_loading(make_recipe, name
     assert heard.phases == []
 
 
+@pytest.mark.parametrize(
+    ("file", "last", "message"),
+    [
+        ("train", '{"question": "who?"}', r"train\.jsonl: row 40: .* names the field 'answer'"),
+        ("preserve", '{"question": "who?", "answer": null}', "'answer' is empty"),
+        ("gain", '{"question": "who?", "ans', r"gain\.jsonl: line 7: expected a JSON object"),
+        ("retention", "train", "train and evaluation data: expected no row in both"),
+    ],
+)
+def test_a_fault_in_the_last_row_of_a_file_is_told_before_the_model_is_loaded(
+    make_recipe, tmp_path, file, last, message
+):
+    data = tmp_path / "data"
+    if last == "train":
+        last = (data / "train.jsonl").read_text().splitlines()[-1]
+    with (data / f"{file}.jsonl").open("a") as lines:
+        lines.write(last + "\n")
+    recipe, heard = make_recipe(), Heard()
+    with pytest.raises(DataError, match=message):
+        run(recipe, progress=heard)
+    assert heard.phases == []
+    assert not recipe.output.exists()
+
+
 def test_targets_are_checked_before_the_data(make_recipe):
     heard = Heard()
     with pytest.raises(AdapterError, match="matches no linear layer"):

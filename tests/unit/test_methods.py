@@ -154,7 +154,9 @@ def test_rank_shorthand_must_not_contradict() -> None:
 
 @pytest.mark.parametrize("rank", ["8", 8.5, True])
 def test_rank_shorthand_is_checked_like_the_option(rank: Any) -> None:
-    with pytest.raises(MethodError, match=f"method lora: rank: expected a whole number, got {rank!r}"):
+    with pytest.raises(
+        MethodError, match=f"method lora: rank: expected a whole number, got {rank!r}"
+    ):
         make_method("lora", rank=rank)
     with pytest.raises(MethodError, match="alpha: expected a finite number above 0, got inf"):
         LoRA(alpha=float("inf"))

@@ -142,7 +142,10 @@ def test_the_last_override_of_a_key_wins(recipe: Any) -> None:
         ("label=5", """label: expected text, got 5; to give text, quote the value: 'label="5"'"""),
         ("label=no", """expected text, got False; to give text, quote the value: 'label="no"'"""),
         ("output=007", """expected a path, got 7; to give text, quote the value: 'output="007"'"""),
-        ("label=#x", """got '#x', which is a comment in YAML; to give text, quote the value: 'la"""),
+        (
+            "label=#x",
+            """got '#x', which is a comment in YAML; to give text, quote the value: 'la""",
+        ),
         ("label=it's #1", """quote the value: 'label="it'"'"'s #1"'"""),
         ("training.learning_rate=.inf", "learning_rate: expected a finite number, got inf"),
         ("training.learning_rate=.nan", "learning_rate: expected a finite number, got nan"),

@@ -9,7 +9,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow
 import pyarrow.parquet
@@ -23,8 +23,22 @@ from forgetless.errors import DataError
 Record = Mapping[str, Any]
 
 
-def read_records(spec: DataSpec) -> list[tuple[int, Record]]:
-    """Read a spec's records, with the position of each in its source (from 0).
+class Placed(NamedTuple):
+    """A record, its position in the source, and the file that holds it with its row there."""
+
+    position: int
+    file: str
+    row: int
+    record: Record
+
+    @property
+    def where(self) -> str:
+        """To begin a message with; rows count from 0."""
+        return f"{self.file}: row {self.row}"
+
+
+def read_records(spec: DataSpec) -> list[Placed]:
+    """Read a spec's records, with the place of each in its source.
 
     `rows` is a range of the source; `limit` draws from that range with `seed`, keeps the source's
     order, and takes more rows of the same draw as it grows.
@@ -35,13 +49,13 @@ def read_records(spec: DataSpec) -> list[tuple[int, Record]]:
     source = _source(spec)
     if isinstance(source, Dataset):
         chosen = choose(range(len(source)), spec)
-        return [(index, source[index]) for index in chosen]
+        return [Placed(index, spec.label, index, source[index]) for index in chosen]
     # What lies behind the range is never read.
     records = list(itertools.islice(source, spec.rows[1] if spec.rows else None))
-    return [(index, records[index]) for index in choose(range(len(records)), spec)]
+    return [Placed(index, *records[index]) for index in choose(range(len(records)), spec)]
 
 
-def _source(spec: DataSpec) -> Dataset | Iterator[Record]:
+def _source(spec: DataSpec) -> Dataset | Iterator[tuple[str, int, Record]]:
     if spec.hub is not None:
         return _read_hub(spec, spec.hub)
     if spec.path is not None:
@@ -55,7 +69,7 @@ def _source(spec: DataSpec) -> Dataset | Iterator[Record]:
                 f"{spec.label}: split goes with hub data; choose rows of a file with rows: "
                 "[start, stop]"
             )
-        return _read_path(path)
+        return _placed(path, spec.label)
     if spec.self_sampled:
         raise DataError("self: expected a model to sample from, got none; load it with load_rows")
     return _read_examples(spec)
@@ -108,7 +122,7 @@ def _of_split(data: Dataset | DatasetDict, spec: DataSpec) -> Dataset:
     return data[split]
 
 
-def _read_examples(spec: DataSpec) -> Dataset | Iterator[Record]:
+def _read_examples(spec: DataSpec) -> Dataset | Iterator[tuple[str, int, Record]]:
     examples = spec.examples
     if isinstance(examples, Dataset | DatasetDict):
         return _of_split(examples, spec)
@@ -117,7 +131,10 @@ def _read_examples(spec: DataSpec) -> Dataset | Iterator[Record]:
             "examples: expected a list of strings or mappings, or a datasets.Dataset, got "
             f"{shortened(examples)}"
         )
-    return (_as_record(entry, f"examples: row {index}") for index, entry in enumerate(examples))
+    return (
+        ("examples", index, _as_record(entry, f"examples: row {index}"))
+        for index, entry in enumerate(examples)
+    )
 
 
 def _as_record(entry: object, where: str) -> Record:
@@ -128,23 +145,36 @@ def _as_record(entry: object, where: str) -> Record:
     raise DataError(f"{where}: expected an object with columns or a string, got {shortened(entry)}")
 
 
-def _read_path(path: Path) -> Iterator[Record]:
-    if path.is_dir():
-        files = sorted(
-            file
-            for file in path.rglob("*")
-            if file.suffix.lower() in FILE_SUFFIXES
-            and file.is_file()
-            and not any(part.startswith(".") for part in file.relative_to(path).parts)
+def _placed(path: Path, label: str) -> Iterator[tuple[str, int, Record]]:
+    """File, row in it and record, of a file or of all files of a folder."""
+    for file in _files_of(path) if path.is_dir() else [path]:
+        name = str(file) if path.is_dir() else label
+        for row, record in enumerate(_read_file(file)):
+            yield name, row, record
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """The data files in a folder, in their order: all text, or none."""
+    files = sorted(
+        file
+        for file in folder.rglob("*")
+        if file.suffix.lower() in FILE_SUFFIXES
+        and file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    )
+    if not files:
+        raise DataError(
+            f"{folder}: expected a folder with {', '.join(FILE_SUFFIXES)} files, got none in it"
         )
-        if not files:
-            raise DataError(
-                f"{path}: expected a folder with {', '.join(FILE_SUFFIXES)} files, got none in it"
-            )
-        for file in files:
-            yield from _read_file(file)
-    else:
-        yield from _read_file(path)
+    text = [file for file in files if file.suffix.lower() == ".txt"]
+    if text and len(text) < len(files):
+        other = next(file for file in files if file not in text)
+        raise DataError(
+            f"{folder}: expected files of one kind, got text ({text[0].relative_to(folder)}) "
+            f"beside rows with columns ({other.relative_to(folder)}); move one of the two out of "
+            "the folder, or name each file"
+        )
+    return files
 
 
 def _read_file(path: Path) -> Iterator[Record]:

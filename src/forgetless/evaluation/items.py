@@ -40,6 +40,11 @@ class EvaluationItem(DataSpec):
     max_new_tokens: int = Field(default=32, ge=1)
     batch_size: int = Field(default=16, ge=1)
 
+    @property
+    def needs_completion(self) -> bool:
+        """Whether a metric looks at the row's completion, or at the answers that it gives."""
+        return set(self.metrics) != {"refusal"}
+
     @field_validator("metrics")
     @classmethod
     def _some(cls, metrics: tuple[Metric, ...]) -> tuple[Metric, ...]:
