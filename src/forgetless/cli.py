@@ -198,8 +198,9 @@ def report(
 ) -> None:
     """Write one self-contained HTML report of one or several finished runs."""
     from forgetless.experiments.record import load_record
-    from forgetless.experiments.report import write_report
+    from forgetless.experiments.report import check_report_file, write_report
 
+    check_report_file(output)
     found = [load_record(p / "record.json" if p.is_dir() else p) for p in records]
     _print_summary(found)
     _print(f"\nReport: {write_report(found, output)}")

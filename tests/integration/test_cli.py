@@ -59,6 +59,9 @@ def test_a_run_and_what_can_be_done_with_it(
 
     assert status("report", tmp_path / "out", "--output", tmp_path / "two.html") == 0
     assert (tmp_path / "two.html").is_file()
+    assert status("report", tmp_path / "out", "--output", recipe) == 2
+    assert "recipe.yaml: expected a new file, or a report" in capsys.readouterr().err
+    assert "train_data" in recipe.read_text()
 
     assert status("export", tmp_path / "out", tmp_path / "half", "--scale", "0.5") == 0
     assert "logits differ by at most" in capsys.readouterr().out
@@ -123,6 +126,11 @@ def test_figures_are_written_only_where_they_can_be_and_that_is_checked_first(
     assert "got a folder; add a file name" in capsys.readouterr().err
     assert status("evaluate", recipe, "--output", recipe / "figures.json") == 2
     assert "cannot be written to; choose another place" in capsys.readouterr().err
+    for content in ("my thesis", '{"items": 1}', "[1]"):
+        (tmp_path / "thesis.json").write_text(content)
+        assert status("evaluate", recipe, "--output", tmp_path / "thesis.json") == 2
+        assert "thesis.json: expected a new file, or figures" in capsys.readouterr().err
+        assert (tmp_path / "thesis.json").read_text() == content
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from forgetless.adapters.base_identity import base_metadata
 from forgetless.adapters.forms import adapted_layers, factors
 from forgetless.adapters.load import CONFIG, WEIGHTS
 from forgetless.adapters.plain_lora import refuse_what_plain_lora_cannot_hold
@@ -71,7 +72,7 @@ def export(
         inference_mode=True,
     )
     with _written_into(folder) as workplace:
-        save_file(tensors, workplace / WEIGHTS, {"format": "pt"})
+        save_file(tensors, workplace / WEIGHTS, {"format": "pt", **base_metadata(base)})
         config.save_pretrained(str(workplace))
         for file in (WEIGHTS, CONFIG):
             (workplace / file).replace(folder / file)

@@ -10,14 +10,14 @@ from transformers import AutoConfig
 
 from forgetless.adapters.export import export, save_merged
 from forgetless.adapters.forms import adapted_layers, factors
-from forgetless.adapters.load import CONFIG, load_adapter, read_adapter_config
+from forgetless.adapters.load import load_adapter, read_adapter_config
 from forgetless.adapters.round_trip import RoundTrip, check_merged, check_round_trip
 from forgetless.errors import AdapterError, RecipeError
-from forgetless.experiments.progress import Progress
+from forgetless.experiments.adapter_folder import adapter_folder
+from forgetless.experiments.mending import PROBE
+from forgetless.experiments.progress import Progress, warnings_heard
 from forgetless.models.load import base_reference, load_model
 from forgetless.training.quiet import libraries_quiet
-
-_PROBE = "The quick brown fox jumps over the lazy dog."
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +64,16 @@ def export_folder(
         raise RecipeError(
             f"scale: expected more than 0, got {scale}; 1 exports the adapter as it is"
         )
-    folder = _adapter_folder(source)
+    folder = adapter_folder(source)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise AdapterError(f"{output}: expected a new or empty folder; choose another one")
     name, revision = (model, None) if model else _base_of_adapter(folder)
-    with libraries_quiet():
+    with libraries_quiet(), warnings_heard(heard.warn):
         with heard.phase("load"):
             # In float32, so that the comparison shows errors of the export and not rounding.
             loaded = load_model(name, dtype="float32", revision=revision)
             peft_model = load_adapter(loaded.model, folder)
-        probe = loaded.tokenizer(_PROBE, return_tensors="pt").input_ids.to(loaded.device)
+        probe = loaded.tokenizer(PROBE, return_tensors="pt").input_ids.to(loaded.device)
         with heard.phase("merge" if merge else "export"):
             if merge:
                 dtype = _checkpoint_dtype(name, loaded.revision)
@@ -89,23 +89,6 @@ def export_folder(
     layers = adapted_layers(peft_model)
     rank = max(factors(layer)[0].shape[0] for layer in layers.values())
     return Exported(rank, check, dtype)
-
-
-def _adapter_folder(source: Path) -> Path:
-    """The folder itself, or the adapter in a run folder."""
-    for folder in (source, source / "adapter"):
-        if (folder / CONFIG).is_file():
-            return folder
-    found = [
-        path.parent for depth in ("*", "checkpoints/*") for path in source.glob(f"{depth}/{CONFIG}")
-    ]
-    if found:
-        newest = max(found, key=lambda folder: (folder / CONFIG).stat().st_mtime)
-        raise AdapterError(
-            f"{source}: expected an adapter or a finished run, got {len(found)} checkpoints; "
-            f"finish the run, or name one of them, such as {newest}"
-        )
-    raise AdapterError(f"{source}: expected a folder with {CONFIG}, or a run; check the path")
 
 
 def _base_of_adapter(folder: Path) -> tuple[str, str | None]:

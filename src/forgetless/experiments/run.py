@@ -22,6 +22,7 @@ from forgetless.experiments.checks import check_before_loading, check_layers, da
 from forgetless.experiments.data_files import hash_files
 from forgetless.experiments.describe import describe, skipped_notes
 from forgetless.experiments.finished import settle
+from forgetless.experiments.model_files import stamp_model
 from forgetless.experiments.output import Clock, RunFolder
 from forgetless.experiments.prepare import Prepared, prepare, training_options
 from forgetless.experiments.progress import Progress, warnings_heard
@@ -129,6 +130,7 @@ class _Run:
         self.method: Method = make_method(recipe.method)
         self.warnings: list[str] = []
         self.files: dict[str, str] = {}
+        self.model_files: dict[str, str] = {}
 
     def go_to_calibrated(self) -> Attached:
         refuse_data_parallel()
@@ -166,6 +168,7 @@ class _Run:
                 scaled=scaled,
                 export=exported,
                 files=self.files,
+                model_files=self.model_files,
             )
             write_report([record], self.folder.report)
         record.phases = self.clock.phases
@@ -195,6 +198,7 @@ class _Run:
             self.progress.warn(text)
 
     def _load(self) -> LoadedModel:
+        self.model_files = stamp_model(self.recipe.model)
         loaded = load_base(self.recipe, self.progress)
         check_layers(self.recipe, self.method, loaded)
         return loaded
