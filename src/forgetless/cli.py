@@ -20,7 +20,6 @@ import forgetless
 from forgetless.errors import ForgetlessError
 
 if TYPE_CHECKING:
-    from forgetless.console import TerminalProgress
     from forgetless.experiments.record import Record
     from forgetless.methods.base import Method
 
@@ -161,28 +160,27 @@ def evaluate(
     overrides: Overrides = None,
     adapter: Annotated[
         Path | None,
-        typer.Option(help="Any PEFT LoRA on the recipe's model: its folder, or that of a run."),
+        typer.Option(help="LoRA or rsLoRA saved by PEFT (no DoRA, no biases), or a run's folder."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Also write all figures to this file, as JSON.")
     ] = None,
 ) -> None:
     """Measure an adapter that somebody trained, with a recipe's model and evaluation items."""
-    from forgetless.console import TerminalProgress
-    from forgetless.experiments.markdown import evaluation_table
-    from forgetless.experiments.measure_adapter import (
-        check_figures_file,
-        measure_adapter,
-        write_figures,
-    )
-    from forgetless.recipe import load_recipe
+    with _told_on_stop():
+        from forgetless.console import TerminalProgress
+        from forgetless.experiments.markdown import evaluation_table
+        from forgetless.experiments.measure_adapter import (
+            check_figures_file,
+            measure_adapter,
+            write_figures,
+        )
+        from forgetless.recipe import load_recipe
 
-    made = load_recipe(recipe, overrides or ())
-    if output is not None:
-        check_figures_file(output)
-    progress = TerminalProgress()
-    with _told_on_stop(progress):
-        reports = measure_adapter(made, adapter or made.output, progress=progress)
+        made = load_recipe(recipe, overrides or ())
+        if output is not None:
+            check_figures_file(output)
+        reports = measure_adapter(made, adapter or made.output, progress=TerminalProgress())
     if Console().is_terminal:
         _print("\n\n".join(str(report) for report in reports))
     else:
@@ -217,13 +215,12 @@ def export_adapter(
     merge: Annotated[bool, typer.Option("--merge", help="Write a merged model instead.")] = False,
 ) -> None:
     """Write a plain LoRA adapter that loads with peft alone, and check it by loading it again."""
-    from forgetless.console import TerminalProgress
-    from forgetless.experiments.exporting import export_folder
+    with _told_on_stop():
+        from forgetless.console import TerminalProgress
+        from forgetless.experiments.exporting import export_folder
 
-    progress = TerminalProgress()
-    with _told_on_stop(progress):
         done = export_folder(
-            adapter, output, model=model, scale=scale, merge=merge, progress=progress
+            adapter, output, model=model, scale=scale, merge=merge, progress=TerminalProgress()
         )
     kind = f"merged model in {done.dtype}" if merge else f"LoRA of rank {done.rank}"
     _print(f"{kind}: {output}")
@@ -297,13 +294,12 @@ def _print(text: str) -> None:
 
 
 @contextmanager
-def _told_on_stop(progress: TerminalProgress) -> Iterator[None]:
-    """Say on Ctrl-C how to run again."""
+def _told_on_stop() -> Iterator[None]:
+    """Say on Ctrl-C, also while modules load, how to run again."""
     try:
         yield
     except KeyboardInterrupt:
-        progress.note("stopped. Run it again with this command:")
-        progress.command(_again())
+        sys.stderr.write(f"  stopped; run it again with this command:\n{_again()}\n")
         raise
 
 

@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import shlex
+import sys
 import warnings
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from run_setup import recipe_of, write_data
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from forgetless.__main__ import main as enter
 from forgetless.cli import main
 from forgetless.console import TerminalProgress
 from forgetless.errors import ForgetlessWarning
@@ -213,6 +215,19 @@ def test_a_command_to_paste_stands_unwrapped_on_a_line_of_its_own() -> None:
     assert log.getvalue() == f"{command}\n"
 
 
+def test_ctrl_c_while_modules_load_gives_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stop:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "forgetless.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "forgetless.cli")
+    monkeypatch.setattr("sys.meta_path", [Stop(), *sys.meta_path])
+    with pytest.raises(SystemExit) as ended:
+        enter()
+    assert ended.value.code == 130
+
+
 @pytest.mark.parametrize("verb", ["evaluate", "export"])
 def test_ctrl_c_in_a_short_command_names_the_command_to_run_again(
     verb: str, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -241,7 +256,10 @@ def test_ctrl_c_in_a_short_command_names_the_command_to_run_again(
         (["report", "nowhere"], "nowhere"),
         (["report", "recipe.yaml"], "expected a record.json, got something else"),
         (["run", "recipe.yaml", "output=/proc/foo"], "/proc/foo: could not be"),
-        (["evaluate", "recipe.yaml", "--adapter", "nowhere"], "adapter_config.json, found none"),
+        (
+            ["evaluate", "recipe.yaml", "--adapter", "nowhere"],
+            "expected a folder with adapter_config.json",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(
