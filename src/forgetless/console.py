@@ -79,6 +79,10 @@ class TerminalProgress(Progress):
         if self.level != "quiet":
             self._write(text)
 
+    def command(self, line: str) -> None:
+        """The command alone on its line, however long: a break or an indent would be pasted too."""
+        self.console.print(line, markup=False, soft_wrap=True)
+
     def warn(self, text: str) -> None:
         """A line that stands out, also without colour; wrapped."""
         self._write(f"warning: {text}", style="yellow")

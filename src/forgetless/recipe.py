@@ -29,7 +29,9 @@ from forgetless.recipe_yaml import apply_override, quoting_hint, read_yaml
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class CalibrationRecipe(_Part):

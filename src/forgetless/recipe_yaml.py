@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from forgetless.data.validation import key_path, shortened
+from forgetless.data.validation import TEXT_KINDS, key_path, shortened
 from forgetless.errors import RecipeError
+
+# Keys that hold a list, or its one entry.
+_LISTS = frozenset({"train_data", "preserve_data", "evaluation.gain", "evaluation.retention"})
 
 
 class _Loader(yaml.SafeLoader):
@@ -84,10 +88,16 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         raise RecipeError(f"override {override!r}: expected key.path=value, got no such pair")
     try:
         value = _value(text)
+        comment = _comment(text)
     except yaml.YAMLError as failure:
         raise RecipeError(
             f"override {override!r}: {_yaml_fault(failure)}; quote the value"
         ) from None
+    if comment:
+        raise RecipeError(
+            f"override {override!r}: expected a value alone, got {comment!r}, which is a comment "
+            f"in YAML{_quoted(path, text)}"
+        )
     node: Any = tree
     for depth, key in enumerate(keys):
         is_last = depth == len(keys) - 1
@@ -103,6 +113,8 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
             else:
                 if node.get(key) is None:
                     node[key] = {}
+                if ".".join(keys[: depth + 1]) in _LISTS and keys[depth + 1].isdecimal():
+                    node[key] = _as_list(node[key])
                 node = node[key]
         else:
             raise RecipeError(
@@ -112,13 +124,32 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def quoting_hint(message: str, overrides: Sequence[str]) -> str:
-    """What to do where a text that was overridden has been read as a mapping."""
+    """What to do where YAML has read an overridden text as something else, such as a number."""
     for override in overrides:
         path, _, text = override.partition("=")
-        if message.startswith(f"{path.strip()}:") and isinstance(_value(text), dict):
-            quoted = json.dumps(text, ensure_ascii=False)
-            return f"; to give text, quote the value: '{path.strip()}={quoted}'"
+        value = _value(text)
+        wants_text = any(f"expected {kind}, got" in message for kind in TEXT_KINDS)
+        misread = isinstance(value, dict) or (wants_text and not isinstance(value, str | list))
+        if message.startswith(f"{path.strip()}:") and misread and value is not None:
+            return _quoted(path, text)
     return ""
+
+
+def _quoted(path: str, text: str) -> str:
+    quoted = json.dumps(text, ensure_ascii=False)
+    return f"; to give text, quote the value: {shlex.quote(f'{path.strip()}={quoted}')}"
+
+
+def _comment(text: str) -> str:
+    """What YAML passes over at the end of a value; empty where it reads all of it."""
+    node = yaml.compose(text, Loader=_Loader)
+    rest = text if node is None else text[node.end_mark.index :]
+    return rest.strip()
+
+
+def _as_list(node: object) -> object:
+    """A single data spec as the list of one that it stands for."""
+    return [node] if isinstance(node, dict) and node else node
 
 
 def _value(text: str) -> object:

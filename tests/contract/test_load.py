@@ -108,6 +108,12 @@ def test_an_adapter_that_changes_the_base_itself_is_refused(
         load_adapter(base, tmp_path)  # type: ignore[arg-type]
 
 
+def test_dora_is_refused_by_its_name(tiny_model: nn.Module, tmp_path: Path) -> None:
+    base = saved(tiny_model, tmp_path, use_dora=True)
+    with pytest.raises(AdapterError, match="DoRA, which cannot be measured as plain LoRA"):
+        load_adapter(base, tmp_path)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import subprocess
 import sys
 import warnings
@@ -22,6 +23,7 @@ from run_setup import recipe_of, write_data
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from forgetless.__main__ import main as enter
 from forgetless.cli import main
 from forgetless.console import Level, TerminalProgress
 from forgetless.errors import ForgetlessWarning
@@ -109,6 +111,9 @@ def test_a_run_and_what_can_be_done_with_it(
 
     assert status("report", tmp_path / "out", "--output", tmp_path / "two.html") == 0
     assert (tmp_path / "two.html").is_file()
+    assert status("report", tmp_path / "out", "--output", recipe) == 2
+    assert "recipe.yaml: expected a new file, or a report" in capsys.readouterr().err
+    assert "train_data" in recipe.read_text()
 
     assert status("export", tmp_path / "out", tmp_path / "half", "--scale", "0.5") == 0
     assert "logits differ by at most" in capsys.readouterr().out
@@ -173,6 +178,11 @@ def test_figures_are_written_only_where_they_can_be_and_that_is_checked_first(
     assert "got a folder; add a file name" in capsys.readouterr().err
     assert status("evaluate", recipe, "--output", recipe / "figures.json") == 2
     assert "cannot be written to; choose another place" in capsys.readouterr().err
+    for content in ("my thesis", '{"items": 1}', "[1]"):
+        (tmp_path / "thesis.json").write_text(content)
+        assert status("evaluate", recipe, "--output", tmp_path / "thesis.json") == 2
+        assert "thesis.json: expected a new file, or figures" in capsys.readouterr().err
+        assert (tmp_path / "thesis.json").read_text() == content
 
 
 @pytest.mark.parametrize(
@@ -248,6 +258,42 @@ def test_a_log_hears_of_a_long_phase_now_and_then(monkeypatch: pytest.MonkeyPatc
     ]
 
 
+def test_a_command_to_paste_stands_unwrapped_on_a_line_of_its_own() -> None:
+    log = io.StringIO()
+    command = shlex.join(["forgetless", "run", "my recipes/r.yaml", *["label='a [b]  c'"] * 9])
+    TerminalProgress(Console(file=log, width=80)).command(command)
+    assert log.getvalue() == f"{command}\n"
+
+
+def test_ctrl_c_while_modules_load_gives_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stop:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "forgetless.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "forgetless.cli")
+    monkeypatch.setattr("sys.meta_path", [Stop(), *sys.meta_path])
+    with pytest.raises(SystemExit) as ended:
+        enter()
+    assert ended.value.code == 130
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "export"])
+def test_ctrl_c_in_a_short_command_names_the_command_to_run_again(
+    verb: str, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    module = "measure_adapter.measure_adapter" if verb == "evaluate" else "exporting.export_folder"
+    monkeypatch.setattr(f"forgetless.experiments.{module}", stop)
+    monkeypatch.setattr("sys.argv", ["forgetless", verb, "recipe.yaml", "out put"])
+    assert status(verb, recipe, *(["x"] if verb == "export" else [])) == 130
+    told = capsys.readouterr().err.splitlines()
+    assert "stopped" in told[-2]
+    assert told[-1] == f"forgetless {verb} recipe.yaml 'out put'"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -260,7 +306,10 @@ def test_a_log_hears_of_a_long_phase_now_and_then(monkeypatch: pytest.MonkeyPatc
         (["report", "nowhere"], "nowhere"),
         (["report", "recipe.yaml"], "expected a record.json, got something else"),
         (["run", "recipe.yaml", "output=/proc/foo"], "/proc/foo: could not be"),
-        (["evaluate", "recipe.yaml", "--adapter", "nowhere"], "adapter_config.json, found none"),
+        (
+            ["evaluate", "recipe.yaml", "--adapter", "nowhere"],
+            "expected a folder with adapter_config.json",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(

@@ -34,6 +34,7 @@ class Heard(Progress):
     def __init__(self) -> None:
         self.phases: list[str] = []
         self.notes: list[str] = []
+        self.commands: list[str] = []
         self.warnings: list[str] = []
         self.steps: dict[str, tuple[int, int]] = {}
 
@@ -47,6 +48,9 @@ class Heard(Progress):
 
     def note(self, text):
         self.notes.append(text)
+
+    def command(self, line):
+        self.commands.append(line)
 
     def warn(self, text):
         self.warnings.append(text)
@@ -168,7 +172,7 @@ def test_a_folder_with_other_files_is_left_alone(make_recipe, content):
         run(recipe)
 
 
-def test_ctrl_c_keeps_the_last_checkpoint_and_says_how_to_go_on(make_recipe):
+def test_ctrl_c_keeps_the_last_checkpoint_and_a_resumed_run_says_so_as_it_begins(make_recipe):
     class Interrupt(Heard):
         def advance(self, done, total, what=""):
             super().advance(done, total, what)
@@ -178,11 +182,16 @@ def test_ctrl_c_keeps_the_last_checkpoint_and_says_how_to_go_on(make_recipe):
     heard = Interrupt()
     with pytest.raises(KeyboardInterrupt):
         run(make_recipe(), progress=heard, resume="forgetless run recipe.yaml seed=0")
-    assert heard.notes[-1].endswith("Resume: forgetless run recipe.yaml seed=0")
-    again = Heard()
-    record = load_record(run(make_recipe(), progress=again))
+    assert heard.commands == ["forgetless run recipe.yaml seed=0"]
+
+    class Told(Heard):
+        def advance(self, done, total, what=""):
+            super().advance(done, total, what)
+            if self.phases[-1] == "train":
+                assert "resumed from step 6" in self.notes
+
+    record = load_record(run(make_recipe(), progress=Told()))
     assert record.training.resumed_from == [6]
-    assert "resumed from step 6" in again.notes
 
 
 def test_a_full_disk_is_one_clear_line(make_recipe, monkeypatch):
@@ -325,6 +334,30 @@ def test_loggers_that_are_not_there_are_refused_before_loading(make_recipe, name
     with pytest.raises(RecipeError, match=message):
         run(make_recipe(training={"report_to": name}), progress=heard)
     assert heard.phases == []
+
+
+@pytest.mark.parametrize(
+    ("file", "last", "message"),
+    [
+        ("train", '{"question": "who?"}', r"train\.jsonl: row 40: .* names the field 'answer'"),
+        ("preserve", '{"question": "who?", "answer": null}', "'answer' is empty"),
+        ("gain", '{"question": "who?", "ans', r"gain\.jsonl: line 7: expected a JSON object"),
+        ("retention", "train", "train and evaluation data: expected no row in both"),
+    ],
+)
+def test_a_fault_in_the_last_row_of_a_file_is_told_before_the_model_is_loaded(
+    make_recipe, tmp_path, file, last, message
+):
+    data = tmp_path / "data"
+    if last == "train":
+        last = (data / "train.jsonl").read_text().splitlines()[-1]
+    with (data / f"{file}.jsonl").open("a") as lines:
+        lines.write(last + "\n")
+    recipe, heard = make_recipe(), Heard()
+    with pytest.raises(DataError, match=message):
+        run(recipe, progress=heard)
+    assert heard.phases == []
+    assert not recipe.output.exists()
 
 
 def test_targets_are_checked_before_the_data(make_recipe):

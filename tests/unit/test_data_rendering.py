@@ -8,6 +8,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from forgetless.data import DataSpec, Row, load_rows
+from forgetless.data.loading import check_rows
 from forgetless.errors import DataError
 
 USER = {"role": "user", "content": "Where is it?"}
@@ -174,6 +175,43 @@ def test_blank_rows_are_left_out_aloud(rows: Any) -> None:
         assert len(rows("a", " ", "b", "")) == 2
     with pytest.raises(DataError, match="got 1 blank rows"):
         rows(" \n")
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"prompt": "Q: {q}", "completion": " {a}"},
+        {
+            "messages": [
+                {"role": "user", "content": "{q}"},
+                {"role": "assistant", "content": "{a}"},
+            ]
+        },
+    ],
+)
+def test_rows_with_a_blank_completion_are_left_out_aloud_where_it_is_needed(
+    tiny_tokenizer: PreTrainedTokenizerBase, keys: dict[str, Any]
+) -> None:
+    records = [{"q": "one", "a": "1"}, {"q": "two", "a": ""}, {"q": "three", "a": " "}]
+    spec = DataSpec(examples=records, **keys)
+    assert len(load_rows(spec, tiny_tokenizer).rows) == 3
+    with pytest.warns(UserWarning, match="examples: 2 rows with a blank completion are left out"):
+        kept = load_rows(spec, tiny_tokenizer, needs_completion=True).rows
+    assert [row.answers for row in kept] == [("1",)]
+    with pytest.raises(DataError, match="got 2 rows with a blank one; fill the column"):
+        load_rows(spec.model_copy(update={"rows": (1, 3)}), tiny_tokenizer, needs_completion=True)
+
+
+def test_what_takes_no_model_is_checked_without_one(
+    tiny_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    plain = DataSpec(examples=[{"q": "a"}, {"q": " "}], text="{q}")
+    with pytest.warns(UserWarning, match="1 blank row is left out"):
+        assert check_rows(plain) == load_rows(plain, tiny_tokenizer)
+    turns = ({"role": "user", "content": "{q}"}, {"role": "assistant", "content": "{nowhere}"})
+    with pytest.raises(DataError, match="names the field 'nowhere'"):
+        check_rows(DataSpec(examples=[{"q": "a"}], messages=turns))
+    assert check_rows(DataSpec(self_sampled=True)).rows == ()
 
 
 def test_a_fingerprint_tells_rows_lengths_and_token_rules_apart(

@@ -48,7 +48,7 @@ def write_parquet(path: Path) -> None:
 
 
 def records(**keys: Any) -> list[Any]:
-    return [record for _, record in read_records(DataSpec(**keys))]
+    return [placed.record for placed in read_records(DataSpec(**keys))]
 
 
 @pytest.mark.parametrize(
@@ -87,6 +87,23 @@ def test_a_folder_is_read_in_the_order_of_its_files_without_hidden_ones(tmp_path
     assert [record["text"] for record in records(path=tmp_path)] == ["a", "b", "c"]
 
 
+def test_a_row_of_a_folder_is_placed_in_its_file(tmp_path: Path) -> None:
+    for name, count in (("a.jsonl", 3), ("b.jsonl", 2)):
+        lines = (json.dumps({"text": f"{name} {row}"}) for row in range(count))
+        (tmp_path / name).write_text("\n".join(lines))
+    placed = read_records(DataSpec(path=tmp_path))
+    assert [row.position for row in placed] == [0, 1, 2, 3, 4]
+    assert placed[4].where == f"{tmp_path / 'b.jsonl'}: row 1"
+    assert read_records(DataSpec(path=tmp_path, rows=(3, 5)))[0].where.endswith("b.jsonl: row 0")
+
+
+def test_a_folder_of_text_and_rows_is_refused_by_both_names(tmp_path: Path) -> None:
+    (tmp_path / "README.txt").write_text("Licence")
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}')
+    with pytest.raises(DataError, match=r"got text \(README\.txt\) .* columns \(rows\.jsonl\)"):
+        read_records(DataSpec(path=tmp_path))
+
+
 def test_a_saved_dataset_is_read_with_its_split(tmp_path: Path) -> None:
     data = Dataset.from_list(RECORDS)
     data.save_to_disk(str(tmp_path / "one"))
@@ -106,10 +123,10 @@ def test_python_values_give_records() -> None:
 
 def test_limit_draws_by_seed_keeps_the_order_and_grows_by_adding() -> None:
     drawn = [
-        [index for index, _ in read_records(DataSpec(examples=["x"] * 50, limit=n, seed=3))]
+        [row.position for row in read_records(DataSpec(examples=["x"] * 50, limit=n, seed=3))]
         for n in (10, 20)
     ]
-    other = [index for index, _ in read_records(DataSpec(examples=["x"] * 50, limit=10, seed=4))]
+    other = [row.position for row in read_records(DataSpec(examples=["x"] * 50, limit=10, seed=4))]
     assert drawn[0] == sorted(set(drawn[0]))
     assert len(drawn[0]) == 10
     assert set(drawn[0]) < set(drawn[1])
@@ -119,7 +136,7 @@ def test_limit_draws_by_seed_keeps_the_order_and_grows_by_adding() -> None:
 
 def test_limit_draws_inside_the_range() -> None:
     spec = DataSpec(examples=["x"] * 50, rows=(20, 30), limit=4)
-    assert all(20 <= index < 30 for index, _ in read_records(spec))
+    assert all(20 <= row.position < 30 for row in read_records(spec))
     assert len(read_records(spec.model_copy(update={"limit": 99}))) == 10
 
 

@@ -125,12 +125,12 @@ def test_a_method_says_what_it_lacks(name: str) -> None:
         ("lora-nul", "did you mean lora-null"),
         ({"name": "sc-lora", "betta": 1}, "did you mean beta"),
         ({"name": "sc-lora", "beta": 1.5}, r"in 0\.\.1, got 1\.5"),
-        ({"name": "sc-lora", "beta": "much"}, "expected float, got 'much'"),
+        ({"name": "sc-lora", "beta": "much"}, "expected a number, got 'much'"),
         ({"name": "sc-lora", "trains": "b"}, "expected both or a"),
         ({"name": "lora-null", "trains": "a"}, "expected b or both"),
         ({"name": "lora-null", "start": "basis", "trains": "both"}, "use trains: b"),
         ({"name": "lora", "rank": 0}, "at least 1, got 0"),
-        ({"name": "lora", "rank": 2.5}, "expected int, got 2.5"),
+        ({"name": "lora", "rank": 2.5}, "expected a whole number, got 2.5"),
         ({"name": "lora", "alpha": -1}, "finite number above 0, got -1"),
         ({"name": "lora", "alpha": float("inf")}, "alpha: expected a finite number, got inf"),
         ({"name": "lora", "alpha": float("nan")}, "alpha: expected a finite number, got nan"),
@@ -154,7 +154,9 @@ def test_rank_shorthand_must_not_contradict() -> None:
 
 @pytest.mark.parametrize("rank", ["8", 8.5, True])
 def test_rank_shorthand_is_checked_like_the_option(rank: Any) -> None:
-    with pytest.raises(MethodError, match=f"method lora: rank: expected int, got {rank!r}"):
+    with pytest.raises(
+        MethodError, match=f"method lora: rank: expected a whole number, got {rank!r}"
+    ):
         make_method("lora", rank=rank)
     with pytest.raises(MethodError, match="alpha: expected a finite number above 0, got inf"):
         LoRA(alpha=float("inf"))

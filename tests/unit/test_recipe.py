@@ -105,6 +105,19 @@ def test_overrides_are_yaml_values_at_a_key_path(
     assert node == value
 
 
+def test_a_single_entry_is_overridden_as_the_first_of_a_list(recipe: Any) -> None:
+    read = recipe(BASE, "train_data.0.limit=3", "train_data.0.seed=4")
+    assert [(spec.label, spec.limit, spec.seed) for spec in read.train_data] == [
+        ("train.jsonl", 3, 4)
+    ]
+    assert recipe(BASE, "train_data.limit=3").train_data[0].limit == 3
+
+
+@pytest.mark.parametrize("text", ["null", "~", ""])
+def test_a_label_can_be_taken_away(recipe: Any, text: str) -> None:
+    assert recipe(BASE + "label: mine\n", f"label={text}").label is None
+
+
 def test_the_last_override_of_a_key_wins(recipe: Any) -> None:
     assert recipe(BASE, "seed=1", "seed=2").seed == 2
 
@@ -126,6 +139,23 @@ def test_the_last_override_of_a_key_wins(recipe: Any) -> None:
         ("train_data.prompt={quest}", """quote the value: 'train_data.prompt="{quest}"\'"""),
         ("preserve_data.1.limit=3", "expected a mapping or a list at preserve_data.1, got 'self'"),
         ("model.name=x", "expected a mapping or a list at model, got 'demo'"),
+        ("label=5", """label: expected text, got 5; to give text, quote the value: 'label="5"'"""),
+        ("label=no", """expected text, got False; to give text, quote the value: 'label="no"'"""),
+        ("output=007", """expected a path, got 7; to give text, quote the value: 'output="007"'"""),
+        (
+            "label=#x",
+            """got '#x', which is a comment in YAML; to give text, quote the value: 'la""",
+        ),
+        ("label=it's #1", """quote the value: 'label="it'"'"'s #1"'"""),
+        ("training.learning_rate=.inf", "learning_rate: expected a finite number, got inf"),
+        ("training.learning_rate=.nan", "learning_rate: expected a finite number, got nan"),
+        ("training.epochs=.inf", "epochs: expected a finite number, got inf"),
+        ("training.weight_decay=.inf", "weight_decay: expected a finite number, got inf"),
+        ("training.max_grad_norm=.inf", "max_grad_norm: expected a finite number, got inf"),
+        ("evaluation.scales=[0.5, .inf]", "scales.1: expected a finite number, got inf"),
+        ("training=5", "training: expected a mapping, got 5"),
+        ("training.batch_size=2.5", "batch_size: expected a whole number, got 2.5"),
+        ("training.batch_size=many", "batch_size: expected a whole number, got 'many'"),
         ("trainng.epochs=1", "unknown key `trainng`; did you mean `training`?"),
         ("training.lr=1", "training: unknown key `lr`"),
     ],

@@ -11,7 +11,14 @@ from forgetless.escaping import clean
 from forgetless.evaluation.results import Estimate, EvaluationReport, MetricResult, RowValues
 from forgetless.experiments.headline import headline, summary_lines
 from forgetless.experiments.markdown import markdown_table
-from forgetless.experiments.numbers import change_text, plain, range_text, seconds_text, value_text
+from forgetless.experiments.numbers import (
+    change_text,
+    pair_text,
+    plain,
+    range_text,
+    seconds_text,
+    value_text,
+)
 from forgetless.experiments.record import Record
 from forgetless.experiments.runs import name_runs
 from forgetless.experiments.verdicts import judge
@@ -388,7 +395,8 @@ def test_shares_are_percents_and_points():
     assert change_text("f1", 0.0001) == "0.0\u00a0pts"
     assert change_text("nll", 0.31) == "+0.310"
     assert (
-        range_text("f1", Estimate(mean=0, low=-0.08, high=0.005, n=9), change=True) == "−8.0 to 0.5"
+        range_text("f1", Estimate(mean=0, low=-0.08, high=0.005, n=9), change=True)
+        == "−8.0 to +0.5"
     )
     assert range_text("f1", Estimate(mean=1, low=1, high=1, n=1)) == ""
 
@@ -413,3 +421,15 @@ def test_nan_figures_are_dashes_and_never_claims():
     text = "\n".join(summary_lines(records)) + markdown_table(records)
     assert "nan" not in text.lower()
     assert title(records).startswith("A gained nothing significant")
+
+
+def test_two_figures_side_by_side_have_as_many_digits() -> None:
+    assert pair_text("nll", 6.7629, 6.763) == ("6.7629", "6.7630")
+    assert pair_text("nll", 6.539, 6.536) == ("6.539", "6.536")
+
+
+def test_the_interval_of_a_change_in_points_is_signed_as_other_changes_are() -> None:
+    estimate = Estimate(mean=0.0, low=-0.324, high=0.324, n=9)
+    assert range_text("exact_match", estimate, change=True) == "−32.4 to +32.4"
+    assert range_text("exact_match", estimate.model_copy(update={"low": 0.1})) == "10.0 to 32.4"
+    assert change_text("exact_match", 0.0).startswith("0.0")

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from forgetless.adapters.base_identity import check_base
 from forgetless.adapters.forms import FORMS, adapted_layers, factors
 from forgetless.adapters.plain_lora import refuse_changed_base
 from forgetless.adapters.variant import FIXED_A, LIVE_BOTH, BothVariant
@@ -44,9 +45,13 @@ def load_adapter(
         adapter: Name to load it under.
 
     Raises:
-        AdapterError: No adapter there, not LoRA, of a model with other layers, or of a base that
-            its own start has changed; a base that holds adapters already, outside a PeftModel.
+        AdapterError: No adapter there, not LoRA, of another base or a model with other layers, or
+            of a base that its own start has changed; a base that holds adapters already, outside a
+            PeftModel.
         ArtefactError: A truncated or damaged file, or one without tensors that its form needs.
+
+    Warns:
+        ForgetlessWarning: The adapter names another base than this one.
     """
     folder = Path(folder)
     if isinstance(base, PeftModel) and adapter in base.peft_config:
@@ -54,6 +59,7 @@ def load_adapter(
     refuse_touched_base(base)
     config = _read_config(folder)
     tensors = _read_tensors(folder)
+    check_base(base, folder / WEIGHTS, config.base_model_name_or_path)
     holds_both = read_adapter_config(folder).get("init_lora_weights") == LIVE_BOTH
     with ExitStack() as undo:
         undo.callback(removal(base, adapter))
@@ -100,6 +106,11 @@ def _read_config(folder: Path) -> LoraConfig:
     if kind != "LORA":
         raise AdapterError(
             f"{path}: expected peft_type LORA, got {kind}; only LoRA can be measured"
+        )
+    if values.get("use_dora"):
+        raise AdapterError(
+            f"{path}: expected LoRA, got DoRA, which cannot be measured as plain LoRA: it scales "
+            "the base's weights too; merge it, and compare the merged model"
         )
     refuse_changed_base(str(path), values.get("init_lora_weights", True))
     if values.get("bias", "none") != "none" or values.get("layer_replication"):

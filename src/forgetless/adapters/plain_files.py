@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from forgetless.adapters.base_identity import base_metadata
 from forgetless.adapters.card import CARD, CardFacts, write_card
 from forgetless.adapters.engines import A_SUFFIX, B_SUFFIX, PREFIX, Engine, missing_of_types
 from forgetless.adapters.export_target import ExportJob, ExportTarget
@@ -60,7 +61,8 @@ class PlainLora(ExportTarget):
             inference_mode=True,
         )
         with _written_into(job.folder) as workplace:
-            save_file(_tensors(updates, rank), workplace / WEIGHTS, {"format": "pt"})
+            metadata = {"format": "pt", **base_metadata(base)}
+            save_file(_tensors(updates, rank), workplace / WEIGHTS, metadata)
             config.save_pretrained(str(workplace))
             refuse_breaches(workplace, self._engine, {*linear, *layers}, shown=job.folder)
             write_card(workplace, CardFacts(base=name or None))

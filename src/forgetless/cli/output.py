@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shlex
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,6 +42,21 @@ def results_only(as_json: bool) -> Iterator[None]:
         return
     with contextlib.redirect_stdout(sys.stderr):
         yield
+
+
+def again() -> str:
+    """The command that the user typed, to type again."""
+    return shlex.join(["forgetless", *sys.argv[1:]])
+
+
+@contextlib.contextmanager
+def told_on_stop() -> Iterator[None]:
+    """Say on Ctrl-C, also while modules load, how to run again."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.stderr.write(f"  stopped; run it again with this command:\n{again()}\n")
+        raise
 
 
 def progress_of(quiet: bool, verbose: bool) -> TerminalProgress:

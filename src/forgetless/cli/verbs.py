@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -13,11 +11,13 @@ from rich.console import Console
 
 from forgetless.cli.options import Json, Overrides, Quiet, RecipePath, Verbose
 from forgetless.cli.output import (
+    again,
     print_json,
     print_summary,
     print_text,
     progress_of,
     results_only,
+    told_on_stop,
 )
 from forgetless.errors import AdapterError
 
@@ -34,7 +34,7 @@ def demo(
     from forgetless.experiments.demo import run_demo
 
     folder = output or Path("forgetless-demo-quick" if quick else "forgetless-demo")
-    result = run_demo(folder, quick=quick, progress=progress_of(quiet, verbose), resume=_again())
+    result = run_demo(folder, quick=quick, progress=progress_of(quiet, verbose), resume=again())
     print_summary(result.records)
     print_text(
         f"\nReport: {result.report}\n\n"
@@ -61,7 +61,7 @@ def run(
 
     made = load_recipe(recipe, overrides or ())
     with results_only(as_json):
-        path = run_recipe(made, progress=progress_of(quiet, verbose), resume=_again())
+        path = run_recipe(made, progress=progress_of(quiet, verbose), resume=again())
     record = load_record(path)
     paths = {"report": path.parent / "report.html", "adapter": path.parent / "adapter"}
     if as_json:
@@ -85,7 +85,7 @@ def calibrate(
     from forgetless.recipe import load_recipe
 
     attached = calibrate_only(
-        load_recipe(recipe, overrides or ()), progress=progress_of(quiet, verbose), resume=_again()
+        load_recipe(recipe, overrides or ()), progress=progress_of(quiet, verbose), resume=again()
     )
     for role, found in attached.moments.items():
         widest = max(moment.width for moment in found.moments.values())
@@ -107,7 +107,7 @@ def train(
     from forgetless.recipe import load_recipe
 
     facts = train_only(
-        load_recipe(recipe, overrides or ()), progress=progress_of(quiet, verbose), resume=_again()
+        load_recipe(recipe, overrides or ()), progress=progress_of(quiet, verbose), resume=again()
     )
     last = f", last loss {facts.curve[-1].loss:.3f}" if facts.curve else ""
     print_text(f"{facts.steps} steps, {facts.tokens} tokens{last}")
@@ -120,7 +120,7 @@ def evaluate(
     overrides: Overrides = None,
     adapter: Annotated[
         Path | None,
-        typer.Option(help="Any PEFT LoRA on the recipe's model: its folder, or that of a run."),
+        typer.Option(help="LoRA or rsLoRA saved by PEFT (no DoRA, no biases), or a run's folder."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Also write all figures to this file, as JSON.")
@@ -130,21 +130,22 @@ def evaluate(
     verbose: Verbose = False,
 ) -> None:
     """Measure an adapter that somebody trained, with a recipe's model and evaluation items."""
-    from forgetless.experiments.markdown import evaluation_table
-    from forgetless.experiments.measure_adapter import (
-        check_figures_file,
-        measure_adapter,
-        write_figures,
-    )
-    from forgetless.recipe import load_recipe
-
-    made = load_recipe(recipe, overrides or ())
-    if output is not None:
-        check_figures_file(output)
-    with results_only(as_json):
-        reports = measure_adapter(
-            made, adapter or made.output, progress=progress_of(quiet, verbose)
+    with told_on_stop():
+        from forgetless.experiments.markdown import evaluation_table
+        from forgetless.experiments.measure_adapter import (
+            check_figures_file,
+            measure_adapter,
+            write_figures,
         )
+        from forgetless.recipe import load_recipe
+
+        made = load_recipe(recipe, overrides or ())
+        if output is not None:
+            check_figures_file(output)
+        with results_only(as_json):
+            reports = measure_adapter(
+                made, adapter or made.output, progress=progress_of(quiet, verbose)
+            )
     if as_json:
         # Rows one by one are for --output.
         shown = [r.model_dump_json(exclude={"items": {"__all__": {"row_values"}}}) for r in reports]
@@ -166,10 +167,11 @@ def report(
 ) -> None:
     """Write one self-contained HTML report of one or several finished runs."""
     from forgetless.experiments.record import load_record
-    from forgetless.experiments.report import write_report
+    from forgetless.experiments.report import check_report_file, write_report
     from forgetless.experiments.runs import name_runs
     from forgetless.experiments.tables import figures
 
+    check_report_file(output)
     found = [load_record(p / "record.json" if p.is_dir() else p) for p in records]
     written = write_report(found, output)
     if as_json:
@@ -212,25 +214,26 @@ def export_adapter(
 
     Everything but `merged` is a plain LoRA of one rank that loads with peft alone.
     """
-    from forgetless.experiments.exporting import export_folder
+    with told_on_stop():
+        from forgetless.experiments.exporting import export_folder
 
-    if merge and target not in (None, "merged"):
-        raise AdapterError(
-            f"--merge: expected no other --target, got {target}; --merge is --target merged"
-        )
-    chosen = "merged" if merge else target or "peft"
-    progress = progress_of(quiet, verbose)
-    with results_only(as_json):
-        done = export_folder(
-            adapter,
-            output,
-            model=model,
-            target=chosen,
-            scale=scale,
-            max_rank=max_rank,
-            moments_data=moments_data,
-            progress=progress,
-        )
+        if merge and target not in (None, "merged"):
+            raise AdapterError(
+                f"--merge: expected no other --target, got {target}; --merge is --target merged"
+            )
+        chosen = "merged" if merge else target or "peft"
+        progress = progress_of(quiet, verbose)
+        with results_only(as_json):
+            done = export_folder(
+                adapter,
+                output,
+                model=model,
+                target=chosen,
+                scale=scale,
+                max_rank=max_rank,
+                moments_data=moments_data,
+                progress=progress,
+            )
     if as_json:
         print_json({"folder": str(output), "target": chosen, **done.figures()})
         return
@@ -245,8 +248,3 @@ def export_adapter(
             print_text(line)
         if done.is_adapter:
             print_text(f"gain after the cut: forgetless evaluate RECIPE --adapter {output}")
-
-
-def _again() -> str:
-    """The command that the user typed, to type again."""
-    return shlex.join(["forgetless", *sys.argv[1:]])

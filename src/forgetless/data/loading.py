@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from forgetless.data.rendering import render
+from forgetless.data.rendering import read_fields, render
 from forgetless.data.rows import Row, RowSet
 from forgetless.data.self_sampling import sample_self
 from forgetless.data.sources import choose, read_records
@@ -25,6 +25,7 @@ def load_rows(
     model: PreTrainedModel | None = None,
     cache: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    needs_completion: bool = False,
 ) -> RowSet:
     """Read and render a spec's rows; rows of blank text are left out, with a warning.
 
@@ -34,27 +35,62 @@ def load_rows(
         model: Sampled for `self`; a `PeftModel` is sampled without its adapter.
         cache: Folder that keeps `self` samples.
         progress: Told rows done and rows in all while `self` is sampled.
+        needs_completion: Leave rows with a blank completion out too: only to stop would be learned.
 
     Raises:
         DataError: The source cannot be read or rendered, or holds no text.
     """
     if spec.self_sampled:
         return RowSet(spec, _self_rows(spec, tokenizer, model, cache, progress))
-    rows = []
-    blank = 0
-    for position, record in read_records(spec):
-        row = render(record, spec, tokenizer, f"{spec.label}: row {position}")
-        if row.text.strip():
-            rows.append(row)
-        else:
-            blank += 1
-    if not rows:
+    found = [render(placed.record, spec, tokenizer, placed.where) for placed in read_records(spec)]
+    rows, left_out = _sort_out(found, spec, needs_completion=needs_completion)
+    for words in left_out:
+        warnings.warn(f"{spec.label}: {words} left out", ForgetlessWarning, stacklevel=2)
+    return RowSet(spec, rows)
+
+
+def check_rows(spec: DataSpec, *, needs_completion: bool = False) -> RowSet:
+    """Read a spec's rows as far as that takes no model; every field of every row is looked up.
+
+    Returns:
+        The rows that need no chat template, as `load_rows` gives them; none of `self` or the hub.
+
+    Raises:
+        DataError: The source cannot be read or rendered, or holds no text.
+    """
+    if spec.self_sampled or spec.hub is not None:
+        return RowSet(spec, ())
+    found = [read_fields(placed.record, spec, placed.where) for placed in read_records(spec)]
+    plain = [row for row in found if isinstance(row, Row)]
+    if not plain:
+        return RowSet(spec, ())
+    if len(plain) < len(found):
+        return RowSet(spec, tuple(row for row in plain if row.text.strip()))
+    return RowSet(spec, _sort_out(plain, spec, needs_completion=needs_completion)[0])
+
+
+def _sort_out(
+    rows: Sequence[Row], spec: DataSpec, *, needs_completion: bool
+) -> tuple[tuple[Row, ...], list[str]]:
+    """The rows to take, and what is left out in words, such as `3 blank rows are`."""
+    with_text = [row for row in rows if row.text.strip()]
+    blank = len(rows) - len(with_text)
+    if not with_text:
         raise DataError(f"{spec.label}: expected rows with text, got {blank} blank rows")
-    if blank:
-        warnings.warn(
-            f"{spec.label}: {blank} blank rows are left out", ForgetlessWarning, stacklevel=2
+    taken = [row for row in with_text if row.has_completion or not needs_completion]
+    empty = len(with_text) - len(taken)
+    if not taken:
+        raise DataError(
+            f"{spec.label}: expected rows with a completion, got {empty} rows with a blank one; "
+            "fill the column, or name another one in the template"
         )
-    return RowSet(spec, tuple(rows))
+    counts = {"blank row": blank, "row with a blank completion": empty}
+    left_out = [
+        f"1 {kind} is" if count == 1 else f"{count} {kind.replace('row', 'rows', 1)} are"
+        for kind, count in counts.items()
+        if count
+    ]
+    return tuple(taken), left_out
 
 
 def rows_to_sample(spec: DataSpec) -> int:

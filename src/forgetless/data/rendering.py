@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jinja2
@@ -35,6 +36,31 @@ def render(
     Raises:
         DataError: No template fits, a field is missing, or the chat template refuses the messages.
     """
+    found = read_fields(record, spec, where)
+    return found if isinstance(found, Row) else _chat_row(found, tokenizer, where)
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """Messages that wait for a chat template, with what the last of them is judged by.
+
+    Attributes:
+        turns: Messages with role and content.
+        accepted: All accepted answers; empty where the last turn is the only one.
+        completion: Text that goes on inside the last turn; None where that turn is whole.
+    """
+
+    turns: list[Message]
+    accepted: tuple[str, ...] = ()
+    completion: str | None = None
+
+
+def read_fields(record: Mapping[str, Any], spec: DataSpec, where: str) -> Row | Chat:
+    """Render one record as far as that takes no tokenizer: a row, or messages to be rendered.
+
+    Raises:
+        DataError: No template fits, or a field is missing or no text.
+    """
     if spec.text is not None:
         return _plain_row("", spec.text, record, where)
     if spec.prompt is not None and spec.completion is not None:
@@ -45,36 +71,31 @@ def render(
                 f"{where}: messages names the column {spec.messages!r}, which is not among the "
                 f"columns {', '.join(map(str, record))}"
             )
-        return _chat_row(_as_messages(record[spec.messages], where), (), tokenizer, where)
+        return Chat(_as_messages(record[spec.messages], where))
     if spec.messages is not None:
-        turns = [
+        turns: list[Message] = [
             {"role": turn["role"], "content": fill(turn["content"], record, where)}
             for turn in spec.messages
         ]
-        accepted = list_values(spec.messages[-1]["content"], record, where)
-        return _chat_row(turns, accepted, tokenizer, where)
-    return _by_known_columns(record, tokenizer, where)
+        return Chat(turns, list_values(spec.messages[-1]["content"], record, where))
+    return _by_known_columns(record, where)
 
 
-def _by_known_columns(
-    record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: str
-) -> Row:
+def _by_known_columns(record: Mapping[str, Any], where: str) -> Row | Chat:
     if "messages" in record:
-        return _chat_row(_as_messages(record["messages"], where), (), tokenizer, where)
+        return Chat(_as_messages(record["messages"], where))
     if "prompt" in record and "completion" in record:
         prompt, completion = record["prompt"], record["completion"]
         if not _holds_messages(prompt):
             return _plain_row(fill("{prompt}", record, where), "{completion}", record, where)
         turns = _as_messages(prompt, where)
         if _holds_messages(completion):
-            return _chat_row(turns + _as_messages(completion, where), (), tokenizer, where)
+            return Chat(turns + _as_messages(completion, where))
         text = fill("{completion}", record, where)
         accepted = list_values("{completion}", record, where)
         if turns[-1]["role"] == "assistant":
-            return _continued_row(turns, text, accepted, tokenizer, where)
-        return _chat_row(
-            [*turns, {"role": "assistant", "content": text}], accepted, tokenizer, where
-        )
+            return Chat(turns, accepted, text)
+        return Chat([*turns, {"role": "assistant", "content": text}], accepted)
     if "text" in record:
         return _plain_row("", "{text}", record, where)
     raise DataError(
@@ -90,14 +111,11 @@ def _plain_row(prompt: str, completion: str, record: Mapping[str, Any], where: s
     return Row(prompt=prompt, completion=text, answers=_stripped(answers))
 
 
-def _chat_row(
-    turns: Sequence[Message],
-    accepted: tuple[str, ...],
-    tokenizer: PreTrainedTokenizerBase,
-    where: str,
-) -> Row:
+def _chat_row(chat: Chat, tokenizer: PreTrainedTokenizerBase, where: str) -> Row:
     """The last turn, the assistant's, is the completion; all that stands before is the prompt."""
-    last = turns[-1]
+    if chat.completion is not None:
+        return _continued_row(chat.turns, chat.completion, chat.accepted, tokenizer, where)
+    turns, last = chat.turns, chat.turns[-1]
     if len(turns) < 2:
         raise DataError(f"{where}: expected a message before the assistant's, got one message only")
     if last["role"] != "assistant":
@@ -124,7 +142,7 @@ def _chat_row(
                 f"{shortened(last['content'])}, so that it cannot be told from the prompt; use "
                 "prompt and completion templates"
             )
-    answers = accepted or (last["content"],)
+    answers = chat.accepted or (last["content"],)
     # Behind the end-of-turn token templates write a line break that the model never generates.
     return Row(whole[:start], whole[start:].rstrip(), _stripped(answers), templated=True)
 

@@ -29,6 +29,13 @@ class Row:
     templated: bool = False
 
     @property
+    def has_completion(self) -> bool:
+        """Whether anything but white space, and what a chat template writes, follows the prompt."""
+        if self.templated and not any(self.answers):
+            return False
+        return bool(self.completion.strip())
+
+    @property
     def text(self) -> str:
         """Prompt and completion as the model reads them."""
         return self.prompt + self.completion

@@ -15,6 +15,27 @@ from forgetless.errors import ForgetlessError, RecipeError
 Model = TypeVar("Model", bound=BaseModel)
 
 
+# What pydantic's findings ask for, where it names Python's classes or its own.
+_KINDS = {
+    "path_type": "a path",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+}
+TEXT_KINDS = (_KINDS["string_type"], _KINDS["path_type"])
+
+
 def validated(kind: type[Model], value: object, where: str = "") -> Model:
     """Build a model from plain values.
 
@@ -69,9 +90,7 @@ def _line(kind: type[BaseModel], finding: ErrorDetails, where: str) -> str:
     place = key_path(where, *parents, last)
     if finding["type"] == "value_error":
         return f"{place}{': ' if place else ''}{context['error']}"
-    message = finding["msg"].removeprefix("Input should be ")
-    if finding["type"] == "path_type":  # pydantic names Python's class
-        message = "a path"
+    message = _KINDS.get(finding["type"]) or finding["msg"].removeprefix("Input should be ")
     got = shortened(finding["input"])
     if finding["input"] is None:  # in YAML: a key with nothing behind it
         got = "nothing; give it a value or leave the key out"

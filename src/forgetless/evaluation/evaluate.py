@@ -190,7 +190,9 @@ def _load(
     """Rows and tokens of every item, checked before the first forward pass."""
     loaded = []
     for side, item in items:
-        rows = load_rows(item, tokenizer, model=model, cache=folder)
+        rows = load_rows(
+            item, tokenizer, model=model, cache=folder, needs_completion=item.needs_completion
+        )
         # What was trained ends with the end-of-text token; what must be kept is text as it stands.
         tokens = tokenize(rows, tokenizer, append_eos=side == "gain")
         one = LoadedItem(side, item, rows, tokens)

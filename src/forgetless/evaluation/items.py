@@ -46,6 +46,11 @@ class EvaluationItem(DataSpec):
     labels: tuple[str, ...] = ()
     refusal_expected: bool = True
 
+    @property
+    def needs_completion(self) -> bool:
+        """Whether a metric looks at the row's completion, or at the answers that it gives."""
+        return set(self.metrics) != {"refusal"}
+
     @field_validator("metrics")
     @classmethod
     def _some(cls, metrics: tuple[Metric, ...]) -> tuple[Metric, ...]:

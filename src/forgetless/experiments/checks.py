@@ -8,9 +8,12 @@ from collections.abc import Sequence
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from forgetless.data.sources import read_records
+from forgetless.data.loading import check_rows
+from forgetless.data.overlap import refuse_overlap
+from forgetless.data.rows import RowSet
 from forgetless.data.spec import DataSpec
 from forgetless.errors import RecipeError
+from forgetless.evaluation.items import EvaluationItem
 from forgetless.methods.base import Method
 from forgetless.models.load import LoadedModel
 from forgetless.models.targets import find_targets
@@ -20,26 +23,39 @@ _ANYWHERE = frozenset({"all", "none"})
 
 
 def check_before_loading(recipe: Recipe) -> None:
-    """Refuse data that cannot be read and loggers that are not there.
+    """Refuse data that cannot be used and loggers that are not there.
 
     Raises:
-        DataError: A path that does not exist, or whose first record cannot be read.
+        DataError: A path that does not exist, a row that cannot be read or rendered, or one in two
+            roles. Rows of `self`, of the hub and of chat messages are rendered later.
         RecipeError: `training.report_to` names no logger that is installed.
     """
-    check_readable([*data_of(recipe), *items_of(recipe)])
+    refuse_overlap(
+        {
+            "train": check_readable(recipe.train_data, needs_completion=True),
+            "preserve": check_readable(recipe.preserve_data),
+            "evaluation": check_readable(items_of(recipe)),
+        }
+    )
     for name in recipe.training.report_to:
         _check_logger(name)
 
 
-def check_readable(specs: Sequence[DataSpec]) -> None:
-    """Read the first record of every file.
+def check_readable(specs: Sequence[DataSpec], *, needs_completion: bool = False) -> list[RowSet]:
+    """Read what can be read without a model; the rows that need no chat template.
 
     Raises:
-        DataError: A path that does not exist, or whose first record cannot be read.
+        DataError: A path that does not exist, or a row that cannot be read or rendered.
     """
-    for spec in specs:
-        if spec.path is not None:
-            read_records(spec.model_copy(update={"rows": (0, 1), "limit": None}))
+    return [
+        check_rows(
+            spec,
+            needs_completion=spec.needs_completion
+            if isinstance(spec, EvaluationItem)
+            else needs_completion,
+        )
+        for spec in specs
+    ]
 
 
 def check_layers(recipe: Recipe, method: Method, loaded: LoadedModel) -> None:

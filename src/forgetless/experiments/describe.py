@@ -34,6 +34,7 @@ def describe(
     scaled: list[EvaluationReport],
     export: dict[str, Any],
     files: dict[str, str],
+    model_files: dict[str, str],
 ) -> Record:
     """Put the results of a run together with all that a reader needs to repeat it."""
     return Record(
@@ -59,6 +60,7 @@ def describe(
         scaled=scaled,
         export=export,
         files=files,
+        model_files=model_files,
     )
 
 

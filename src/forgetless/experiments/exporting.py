@@ -20,19 +20,19 @@ from forgetless.adapters.compress import (
 )
 from forgetless.adapters.export import check_compression, cut_to, export_target, is_above
 from forgetless.adapters.export_target import ExportJob
-from forgetless.adapters.load import CONFIG, load_adapter, read_adapter_config
+from forgetless.adapters.load import load_adapter, read_adapter_config
 from forgetless.adapters.plain_lora import refuse_what_plain_lora_cannot_hold
 from forgetless.adapters.round_trip import RoundTrip
 from forgetless.data.spec import DataSpec, parse_data
 from forgetless.errors import AdapterError, RecipeError
+from forgetless.experiments.adapter_folder import adapter_folder
 from forgetless.experiments.describe import dtype_name
+from forgetless.experiments.mending import PROBE
 from forgetless.experiments.model_card import write_export_card
 from forgetless.experiments.progress import Progress, warnings_heard
 from forgetless.models.cache import cache_dir
 from forgetless.models.load import LoadedModel, base_reference, load_model
 from forgetless.training.quiet import libraries_quiet
-
-_PROBE = "The quick brown fox jumps over the lazy dog."
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ def export_folder(
         raise RecipeError(
             f"scale: expected more than 0, got {scale}; 1 exports the adapter as it is"
         )
-    folder = _adapter_folder(source)
+    folder = adapter_folder(source)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise AdapterError(f"{output}: expected a new or empty folder; choose another one")
     name, revision = (model, None) if model else _base_of_adapter(folder)
@@ -129,7 +129,7 @@ def export_folder(
         metric = IDENTITY
         if data is not None:
             metric = _metric(job, max_rank, data, loaded, heard)
-        probe = loaded.tokenizer(_PROBE, return_tensors="pt").input_ids.to(loaded.device)
+        probe = loaded.tokenizer(PROBE, return_tensors="pt").input_ids.to(loaded.device)
         with heard.phase("export"), cut_to(job, max_rank, metric) as (ready, compression):
             dtype = chosen.write(ready)
             keep_figures(compression, output)
@@ -183,23 +183,6 @@ def _metric(
             cache=cache_dir() / "runs",
             progress=lambda done, total: heard.advance(done, total, "moments"),
         )
-
-
-def _adapter_folder(source: Path) -> Path:
-    """The folder itself, or the adapter in a run folder."""
-    for folder in (source, source / "adapter"):
-        if (folder / CONFIG).is_file():
-            return folder
-    found = [
-        path.parent for depth in ("*", "checkpoints/*") for path in source.glob(f"{depth}/{CONFIG}")
-    ]
-    if found:
-        newest = max(found, key=lambda folder: (folder / CONFIG).stat().st_mtime)
-        raise AdapterError(
-            f"{source}: expected an adapter or a finished run, got {len(found)} checkpoints; "
-            f"finish the run, or name one of them, such as {newest}"
-        )
-    raise AdapterError(f"{source}: expected a folder with {CONFIG}, or a run; check the path")
 
 
 def _base_of_adapter(folder: Path) -> tuple[str, str | None]:

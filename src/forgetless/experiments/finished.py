@@ -7,7 +7,9 @@ from forgetless.adapters.load import CONFIG
 from forgetless.errors import RecipeError
 from forgetless.experiments.checks import data_of, items_of
 from forgetless.experiments.data_files import changed_files
+from forgetless.experiments.mending import mend
 from forgetless.experiments.model_card import card_facts
+from forgetless.experiments.model_files import changed_model_files
 from forgetless.experiments.numbers import join_words
 from forgetless.experiments.output import SHOWING, RunFolder, differing, plain_recipe
 from forgetless.experiments.progress import Progress
@@ -23,7 +25,8 @@ def settle(recipe: Recipe, folder: RunFolder, heard: Progress) -> bool:
     Only what is measured may differ: `RunFolder.check` refuses the rest.
 
     Raises:
-        RecipeError: A data file has changed since, or nothing is left to measure again.
+        RecipeError: Data or the model have changed since, or nothing is left to measure again.
+        ArtefactError: The adapter is gone, and nothing is left to export it from.
     """
     record = load_record(folder.record)
     changed = changed_files(data_of(recipe), record.files)
@@ -32,13 +35,21 @@ def settle(recipe: Recipe, folder: RunFolder, heard: Progress) -> bool:
             f"{changed[0]}: expected the file that {folder.path} was made from, got one that has "
             "changed since; set output= to another folder, or remove this one"
         )
+    edited = changed_model_files(recipe.model, record.model_files)
+    if edited:
+        raise RecipeError(
+            f"model {recipe.model}: expected the model that {folder.path} was made from, got one "
+            f"of which {', '.join(edited)} changed since; set output= to another folder to train "
+            "on the new one, or put the old one back"
+        )
     keys = list(differing(record.recipe, plain_recipe(recipe)))
     files = changed_files(items_of(recipe), record.files)
     if not keys and not files:
+        mend(recipe, folder, record, heard)
         heard.note(f"{folder.path} is finished already; remove it to run again")
         return True
     if SHOWING.issuperset(keys) and not files:
-        _relabel(recipe, folder, record)
+        mend(recipe, folder, _relabel(recipe, folder, record), heard)
         heard.note(f"{folder.path} is finished already; only {join_words(keys)} is new")
         return True
     names = ", ".join([*keys, *files])
@@ -51,7 +62,7 @@ def settle(recipe: Recipe, folder: RunFolder, heard: Progress) -> bool:
     return False
 
 
-def _relabel(recipe: Recipe, folder: RunFolder, record: Record) -> None:
+def _relabel(recipe: Recipe, folder: RunFolder, record: Record) -> Record:
     label = recipe.label or str(recipe.method["name"])
     renamed = record.model_copy(update={"label": label, "recipe": plain_recipe(recipe)})
     folder.claim(recipe)
@@ -59,3 +70,4 @@ def _relabel(recipe: Recipe, folder: RunFolder, record: Record) -> None:
         write_card(folder.adapter, card_facts(renamed))
     write_report([renamed], folder.report)
     save_record(renamed, folder.record)
+    return renamed

@@ -7,11 +7,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from forgetless.adapters.load import CONFIG
 from forgetless.atomic import write_atomically
-from forgetless.errors import AdapterError, ArtefactError, RecipeError
+from forgetless.errors import ArtefactError, RecipeError
 from forgetless.evaluation.evaluate import evaluate
 from forgetless.evaluation.results import EvaluationReport
+from forgetless.experiments.adapter_folder import adapter_folder
 from forgetless.experiments.base_model import load_base
 from forgetless.experiments.checks import check_readable, items_of
 from forgetless.experiments.progress import Progress, warnings_heard
@@ -41,7 +41,7 @@ def measure_adapter(
     wanted = recipe.evaluation
     if not (wanted.gain or wanted.retention):
         raise RecipeError("evaluation: expected gain or retention items, got none; add some")
-    folder = _adapter_folder(adapter)
+    folder = adapter_folder(adapter)
     check_readable(items_of(recipe))
     with libraries_quiet(), warnings_heard(heard.warn):
         with heard.phase("load"):
@@ -70,10 +70,15 @@ def check_figures_file(path: Path) -> None:
     """Refuse, before anything is measured, a file that figures could not be written to.
 
     Raises:
-        ArtefactError: A folder, or a place that cannot be written to.
+        ArtefactError: A folder, a file of something else, or a place that cannot be written to.
     """
     if path.is_dir():
         raise ArtefactError(f"{path}: expected a file to write, got a folder; add a file name")
+    if path.exists() and not _holds_figures(path):
+        raise ArtefactError(
+            f"{path}: expected a new file, or figures to replace, got a file of something else; "
+            "choose another name"
+        )
     above = next(folder for folder in path.absolute().parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise ArtefactError(
@@ -82,17 +87,19 @@ def check_figures_file(path: Path) -> None:
         )
 
 
+def _holds_figures(path: Path) -> bool:
+    """Whether a file is one that `write_figures` wrote; an empty one holds nothing to lose."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text) if text.strip() else []
+    except ValueError:  # no JSON, or no UTF-8
+        return False
+    return isinstance(found, list) and all(
+        isinstance(entry, dict) and entry.keys() >= {"items", "scale"} for entry in found
+    )
+
+
 def write_figures(reports: Sequence[EvaluationReport], path: Path) -> Path:
     """Write all reports as JSON."""
     figures = [report.model_dump(mode="json") for report in reports]
     return write_atomically(path, json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
-
-
-def _adapter_folder(given: Path) -> Path:
-    """The folder itself, or the adapter of a run folder."""
-    for folder in (given, given / "adapter"):
-        if (folder / CONFIG).is_file():
-            return folder
-    raise AdapterError(
-        f"{given}: expected an adapter or run folder with {CONFIG}, found none; check the path"
-    )

@@ -122,7 +122,7 @@ def _source(name: str, chat: bool | None, test: str | None) -> _Source:
 
 
 def _records(name: str) -> list[Mapping[str, Any]]:
-    return [record for _, record in read_records(DataSpec(path=Path(name)))]
+    return [placed.record for placed in read_records(DataSpec(path=Path(name)))]
 
 
 def _key(record: Mapping[str, Any]) -> str:

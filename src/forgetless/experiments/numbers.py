@@ -79,8 +79,7 @@ def change_text(metric: str, value: float) -> str:
     """A change, signed: percentage points for shares."""
     if not is_share(metric) or not math.isfinite(value):
         return signed(value)
-    text = _tenths(100 * value)
-    return f"{'+' if value > 0 and text != '0.0' else ''}{text}\N{NO-BREAK SPACE}pts"
+    return f"{_signed_tenths(100 * value)}\N{NO-BREAK SPACE}pts"
 
 
 def range_text(metric: str, estimate: Estimate, *, change: bool = False) -> str:
@@ -88,7 +87,8 @@ def range_text(metric: str, estimate: Estimate, *, change: bool = False) -> str:
     if estimate.n <= 1 or not (math.isfinite(estimate.low) and math.isfinite(estimate.high)):
         return ""
     if is_share(metric):
-        return f"{_tenths(100 * estimate.low)} to {_tenths(100 * estimate.high)}"
+        tenths = _signed_tenths if change else _tenths
+        return f"{tenths(100 * estimate.low)} to {tenths(100 * estimate.high)}"
     write = signed if change else plain
     return f"{write(estimate.low)} to {write(estimate.high)}"
 
@@ -116,9 +116,15 @@ def join_words(words: list[str]) -> str:
 
 
 def _rounded(value: float, digits: int) -> str:
-    return ("−" if value < 0 else "") + f"{abs(value):.{digits}g}"
+    # With the zeros at its end, so that two figures side by side have as many digits.
+    return ("−" if value < 0 else "") + f"{abs(value):#.{digits}g}".rstrip(".")
 
 
 def _tenths(value: float) -> str:
     text = f"{abs(value):.1f}"
     return f"−{text}" if value < 0 and text != "0.0" else text
+
+
+def _signed_tenths(value: float) -> str:
+    text = _tenths(value)
+    return f"+{text}" if value > 0 and text != "0.0" else text

@@ -72,7 +72,16 @@ def prepare(
 
     def load(role: _Role, spec: DataSpec) -> _Source:
         progress = _Sampling(role, spec, advance, note)
-        rows = load_rows(spec, loaded.tokenizer, model=loaded.model, cache=cache, progress=progress)
+        rows = load_rows(
+            spec,
+            loaded.tokenizer,
+            model=loaded.model,
+            cache=cache,
+            progress=progress,
+            needs_completion=spec.needs_completion
+            if isinstance(spec, EvaluationItem)
+            else role == "train",
+        )
         return _checked(role, spec, rows, loaded)
 
     # What costs nothing comes first: a mistake in it is seen before `self` is sampled.

@@ -24,6 +24,9 @@ class Progress:
     def note(self, text: str) -> None:
         """Pass on a line that a user wants to know."""
 
+    def command(self, line: str) -> None:
+        """Pass on a command for a shell, to be shown so that it can be pasted as it stands."""
+
     def warn(self, text: str) -> None:
         """Pass on a line that a user should act on, or keep in mind; it is in the record too."""
 

@@ -67,7 +67,8 @@ class LayerStart(_Part):
 class Record(_Part):
     """One run. Figures are in `evaluation`; `scaled` holds the same adapter with ΔW scaled down.
 
-    `files` holds a hash of every data file, so that a later run sees that one has changed.
+    `files` holds a hash of every data file and `model_files` a stamp of every file of a local
+    model, so that a later run sees that one has changed.
     """
 
     schema_version: Literal[1] = 1
@@ -90,6 +91,7 @@ class Record(_Part):
     scaled: list[EvaluationReport] = []
     export: dict[str, Any] = {}
     files: dict[str, str] = {}
+    model_files: dict[str, str] = {}
 
 
 def save_record(record: Record, path: Path) -> Path:

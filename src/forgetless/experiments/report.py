@@ -29,6 +29,10 @@ from forgetless.experiments.tables import figures, movement_rows, result_tables
 
 __all__ = ["markdown_table", "summary_lines", "write_report"]
 
+# What tells a report from other pages, early in the file; reports had the title alone once.
+_GENERATOR = '<meta name="generator" content="forgetless">'
+_OLD_TITLE = "· forgetless</title>"
+
 
 def write_report(records: Sequence[Record], path: Path, title: str | None = None) -> Path:
     """Write the report of one or several records as one HTML file.
@@ -54,6 +58,35 @@ def write_report(records: Sequence[Record], path: Path, title: str | None = None
             f"report: cannot write {path} ({error.strerror}); free space or choose another path"
         ) from error
     return path
+
+
+def is_report(path: Path) -> bool:
+    """Whether a file begins as a report does."""
+    with path.open("rb") as file:
+        start = file.read(4096)
+    return start.lower().startswith(b"<!doctype html>") and any(
+        sign in start for sign in (_GENERATOR.encode(), _OLD_TITLE.encode())
+    )
+
+
+def is_whole_report(path: Path) -> bool:
+    """Whether a file is a report, from its beginning to its end."""
+    return path.is_file() and is_report(path) and path.read_bytes().rstrip().endswith(b"</html>")
+
+
+def check_report_file(path: Path) -> None:
+    """Refuse to write a report over something else.
+
+    Raises:
+        ArtefactError: A folder, or a file that is no report.
+    """
+    if path.is_dir():
+        raise ArtefactError(f"{path}: expected a file to write, got a folder; add a file name")
+    if path.exists() and path.stat().st_size and not is_report(path):
+        raise ArtefactError(
+            f"{path}: expected a new file, or a report to replace, got a file of something else; "
+            "choose another name with --output"
+        )
 
 
 def inline_json(value: Any) -> Markup:
@@ -97,6 +130,7 @@ def _render(runs: Sequence[Run], title: str | None) -> str:
         phases=phase_rows(runs),
         makings=[making(run) for run in runs],
         figures=inline_json(figures(runs)),
+        generator=Markup(_GENERATOR),
         script=Markup(script),
         script_hash=digest,
     )

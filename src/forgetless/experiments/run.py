@@ -25,6 +25,7 @@ from forgetless.experiments.data_files import hash_files
 from forgetless.experiments.describe import describe, skipped_notes
 from forgetless.experiments.finished import settle
 from forgetless.experiments.model_card import card_facts
+from forgetless.experiments.model_files import stamp_model
 from forgetless.experiments.output import Clock, RunFolder
 from forgetless.experiments.prepare import Prepared, prepare, training_options
 from forgetless.experiments.progress import Progress, warnings_heard
@@ -101,8 +102,12 @@ def _kept_on_failure(folder: RunFolder, heard: Progress, resume: str | None) -> 
     try:
         yield
     except KeyboardInterrupt:
-        again = f": {resume}" if resume else " with the same command"
-        heard.note(f"stopped; what is finished is kept in {folder.path}. Resume{again}")
+        heard.note(
+            f"stopped; what is finished is kept in {folder.path}. Resume with "
+            f"{'this command:' if resume else 'the same command'}"
+        )
+        if resume:
+            heard.command(resume)
         raise
     except OSError as error:
         where = error.filename or folder.path
@@ -132,6 +137,7 @@ class _Run:
         self.method: Method = make_method(recipe.method)
         self.warnings: list[str] = []
         self.files: dict[str, str] = {}
+        self.model_files: dict[str, str] = {}
 
     def go_to_calibrated(self) -> Attached:
         refuse_data_parallel()
@@ -169,6 +175,7 @@ class _Run:
                 scaled=scaled,
                 export=exported,
                 files=self.files,
+                model_files=self.model_files,
             )
             write_card(self.folder.adapter, card_facts(record))
             write_report([record], self.folder.report)
@@ -199,6 +206,7 @@ class _Run:
             self.progress.warn(text)
 
     def _load(self) -> LoadedModel:
+        self.model_files = stamp_model(self.recipe.model)
         loaded = load_base(self.recipe, self.progress)
         check_layers(self.recipe, self.method, loaded)
         return loaded
@@ -247,7 +255,7 @@ class _Run:
             f"{options.num_steps(len(data.train_rows))} steps at learning rate "
             f"{options.learning_rate:g} ({options.learning_rate_source})"
         )
-        facts = train(
+        return train(
             attached.model,
             loaded.tokenizer,
             data.train_rows,
@@ -256,11 +264,11 @@ class _Run:
             seed=self.recipe.seed,
             start=attached.origin,
             validation_rows=data.validation_rows,
-            callbacks=[ReportSteps(self._advance)],
+            callbacks=[ReportSteps(self._advance, resumed=self._tell_resumed)],
         )
-        if facts.resumed_from:
-            self.progress.note(f"resumed from step {facts.resumed_from[-1]}")
-        return facts
+
+    def _tell_resumed(self, step: int) -> None:
+        self.progress.note(f"resumed from step {step}")
 
     def _evaluate(
         self, loaded: LoadedModel, attached: Attached

@@ -70,7 +70,8 @@ def _check_type(method: str, key: str, value: object, declared: str) -> None:
     if declared == "float | None":
         expected = (int, float, type(None))
     if not isinstance(value, expected) or (isinstance(value, bool) and expected != (object,)):
-        raise MethodError(f"method {method}: {key}: expected {declared}, got {value!r}")
+        kind = "a whole number" if declared == "int" else "a number"
+        raise MethodError(f"method {method}: {key}: expected {kind}, got {value!r}")
     if isinstance(value, float) and not math.isfinite(value):
         raise MethodError(f"method {method}: {key}: expected a finite number, got {value}")
 

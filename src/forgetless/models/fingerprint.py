@@ -57,6 +57,29 @@ def model_fingerprint(model: nn.Module) -> str:
     return state.hexdigest()[:16]
 
 
+def rounded_fingerprint(model: nn.Module) -> str | None:
+    """Hash of the base's weights rounded to bfloat16: the same in whichever dtype it is loaded.
+
+    For telling whose adapter one is; finer differences than bfloat16 holds, and the configuration,
+    do not count.
+
+    Returns:
+        16 hex digits; None for weights that are neither float32 nor bfloat16, as float16 and
+        quantisation round in other places.
+    """
+    state = hashlib.sha256()
+    seen: set[int] = set()
+    for name, tensor in _base_tensors(model, ""):
+        if id(tensor) in seen or tensor.dtype == torch.bool:  # masks are no weights
+            continue
+        seen.add(id(tensor))
+        if tensor.dtype not in (torch.float32, torch.bfloat16):
+            return None
+        state.update(f"{name} {tuple(tensor.shape)}\0".encode())
+        state.update(_bytes(tensor.detach().to(torch.bfloat16)))
+    return state.hexdigest()[:16]
+
+
 def _base_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
     module = _without_peft(module)
     for name, parameter in module.named_parameters(recurse=False):

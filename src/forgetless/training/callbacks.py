@@ -98,14 +98,24 @@ class MarkCheckpoints(TrainerCallback):
 class ReportSteps(TrainerCallback):
     """Tell how far training is: `advance(steps done, steps in all)`."""
 
-    def __init__(self, advance: Callable[[int, int], None]) -> None:
-        """Call `advance` at the start, where a resumed run stands, and after each step."""
-        self._advance = advance
+    def __init__(
+        self,
+        advance: Callable[[int, int], None],
+        *,
+        resumed: Callable[[int], None] | None = None,
+    ) -> None:
+        """Call `advance` at the start, where a resumed run stands, and after each step.
+
+        `resumed` hears of that step before the first new one, and of nothing in a run from 0.
+        """
+        self._advance, self._resumed = advance, resumed
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Show where a resumed run stands."""
+        if state.global_step and self._resumed is not None:
+            self._resumed(state.global_step)
         self._advance(state.global_step, state.max_steps)
 
     def on_step_end(
