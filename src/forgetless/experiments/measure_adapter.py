@@ -23,7 +23,7 @@ from forgetless.training.quiet import libraries_quiet
 def measure_adapter(
     recipe: Recipe, adapter: Path, *, progress: Progress | None = None
 ) -> list[EvaluationReport]:
-    """Gain, retention and movement of any PEFT LoRA; at scale 1, then at the recipe's `scales`.
+    """Gain, retention and movement of any LoRA of PEFT; at scale 1, then at the recipe's `scales`.
 
     Nothing is known of the adapter's training rows: that they are apart from the evaluation rows is
     the reader's to check.
