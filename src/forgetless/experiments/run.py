@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,13 @@ from forgetless.adapters.attach import Attached, attach_rows
 from forgetless.adapters.card import write_card
 from forgetless.adapters.export import export
 from forgetless.adapters.round_trip import check_round_trip
-from forgetless.data.rows import RowSet
 from forgetless.errors import ArtefactError
-from forgetless.evaluation.evaluate import evaluate
-from forgetless.evaluation.items import EvaluationItem, teacher_forced
-from forgetless.evaluation.results import EvaluationReport
 from forgetless.experiments.base_model import load_base
 from forgetless.experiments.checks import check_before_loading, check_layers, data_of, items_of
 from forgetless.experiments.data_files import hash_files
 from forgetless.experiments.describe import describe, skipped_notes
 from forgetless.experiments.finished import settle
+from forgetless.experiments.measure_run import measure_run
 from forgetless.experiments.model_card import card_facts
 from forgetless.experiments.model_files import stamp_model
 from forgetless.experiments.output import Clock, RunFolder
@@ -121,10 +118,6 @@ def _kept_on_failure(folder: RunFolder, heard: Progress, resume: str | None) -> 
         ) from error
 
 
-# Plain LoRA turned down: what a method must beat to be worth its calibration.
-BASELINE_SCALES = (0.25, 0.5)
-
-
 class _Run:
     """The phases of one run, in order, each announced and timed."""
 
@@ -158,7 +151,13 @@ class _Run:
             with self._phase("train"):
                 training = self._train(loaded, data, attached)
             with self._phase("evaluate"):
-                evaluation, scaled = self._evaluate(loaded, attached)
+                evaluation, scaled = measure_run(
+                    self.recipe.evaluation,
+                    loaded,
+                    attached,
+                    cache=self.cache,
+                    advance=self._advance,
+                )
             with self._phase("export"):
                 exported = self._export(loaded, data, attached)
         with self._phase("report"):
@@ -269,47 +268,6 @@ class _Run:
 
     def _tell_resumed(self, step: int) -> None:
         self.progress.note(f"resumed from step {step}")
-
-    def _evaluate(
-        self, loaded: LoadedModel, attached: Attached
-    ) -> tuple[EvaluationReport, list[EvaluationReport]]:
-        wanted = self.recipe.evaluation
-        if not (wanted.gain or wanted.retention):
-            return EvaluationReport(items=()), []
-
-        def measure(
-            scale: float,
-            samples: int,
-            movement_data: Sequence[RowSet] | None = None,
-            only: Callable[[EvaluationItem], EvaluationItem] = lambda item: item,
-        ) -> EvaluationReport:
-            return evaluate(
-                attached.model,
-                loaded.tokenizer,
-                gain=[only(item) for item in wanted.gain],
-                retention=[only(item) for item in wanted.retention],
-                movement_data=movement_data,
-                calibration_moments=attached.moments.get("preserve"),
-                scale=scale,
-                samples=samples,
-                base_cache=self.cache,
-                progress=lambda stage, done, total: self._advance(done, total, stage),
-            )
-
-        def scaled(scale: float) -> EvaluationReport:
-            # Movement follows exactly, and row by row comparisons are made at full scale only.
-            report = measure(scale, 0, (), teacher_forced)
-            movement = None if whole.movement is None else whole.movement.scaled(scale)
-            items = tuple(item.model_copy(update={"row_values": {}}) for item in report.items)
-            return report.model_copy(update={"movement": movement, "items": items})
-
-        whole = measure(1.0, wanted.samples)
-        return whole, [scaled(scale) for scale in self._scales() if scale != 1.0]
-
-    def _scales(self) -> Sequence[float]:
-        if self.recipe.evaluation.scales is not None:
-            return self.recipe.evaluation.scales
-        return BASELINE_SCALES if self.method.form == "plain" else ()
 
     def _export(self, loaded: LoadedModel, data: Prepared, attached: Attached) -> dict[str, Any]:
         export(

@@ -1,0 +1,76 @@
+"""What a run measures once it is trained: the whole adapter, and the same one turned down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from forgetless.adapters.attach import Attached
+from forgetless.data.rows import RowSet
+from forgetless.evaluation.evaluate import evaluate
+from forgetless.evaluation.items import EvaluationItem, teacher_forced
+from forgetless.evaluation.results import EvaluationReport
+from forgetless.models.load import LoadedModel
+from forgetless.recipe import EvaluationRecipe
+
+# Plain LoRA turned down: what a method must beat to be worth its calibration.
+BASELINE_SCALES = (0.25, 0.5)
+
+
+def measure_run(
+    wanted: EvaluationRecipe,
+    loaded: LoadedModel,
+    attached: Attached,
+    *,
+    cache: Path,
+    advance: Callable[[int, int, str], None],
+) -> tuple[EvaluationReport, list[EvaluationReport]]:
+    """Measure a trained adapter.
+
+    Args:
+        wanted: The recipe's evaluation part.
+        loaded: The base and its tokenizer.
+        attached: The trained adapter on it.
+        cache: Keeps the base's own figures.
+        advance: Hears of rows done, rows in all, and the stage.
+
+    Returns:
+        The report of the whole adapter, and one for each scale, without generated answers.
+    """
+    if not (wanted.gain or wanted.retention):
+        return EvaluationReport(items=()), []
+
+    def measure(
+        scale: float,
+        samples: int,
+        movement_data: Sequence[RowSet] | None = None,
+        only: Callable[[EvaluationItem], EvaluationItem] = lambda item: item,
+    ) -> EvaluationReport:
+        return evaluate(
+            attached.model,
+            loaded.tokenizer,
+            gain=[only(item) for item in wanted.gain],
+            retention=[only(item) for item in wanted.retention],
+            movement_data=movement_data,
+            calibration_moments=attached.moments.get("preserve"),
+            scale=scale,
+            samples=samples,
+            base_cache=cache,
+            progress=lambda stage, done, total: advance(done, total, stage),
+        )
+
+    def scaled(scale: float) -> EvaluationReport:
+        # Movement follows exactly, and row by row comparisons are made at full scale only.
+        report = measure(scale, 0, (), teacher_forced)
+        movement = None if whole.movement is None else whole.movement.scaled(scale)
+        items = tuple(item.model_copy(update={"row_values": {}}) for item in report.items)
+        return report.model_copy(update={"movement": movement, "items": items})
+
+    whole = measure(1.0, wanted.samples)
+    return whole, [scaled(scale) for scale in _scales(wanted, attached) if scale != 1.0]
+
+
+def _scales(wanted: EvaluationRecipe, attached: Attached) -> Sequence[float]:
+    if wanted.scales is not None:
+        return wanted.scales
+    return BASELINE_SCALES if attached.method.form == "plain" else ()
