@@ -22,7 +22,9 @@ from forgetless.experiments.exporting import export_folder
 from forgetless.models import hardware
 
 
-@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.fixture(
+    params=[torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
+)
 def saved(
     request: pytest.FixtureRequest, tiny_model: nn.Module, save_model: Callable[..., Path]
 ) -> tuple[Path, dict[str, torch.Tensor], torch.dtype]:

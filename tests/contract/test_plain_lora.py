@@ -185,3 +185,13 @@ def test_an_export_names_its_base_so_that_peft_finds_it(
     }.items():
         export(model, tmp_path / "out", base_name=name)
         assert recorded_base(tmp_path / "out") == expected
+
+
+def test_the_round_trip_works_beside_an_adapter_with_modules_to_save(
+    tiny_model: nn.Module, tmp_path: Path
+) -> None:
+    model = lora(lora(tiny_model, "other", modules_to_save=["lm_head"]), "default")
+    model.set_adapter("default")
+    export(model, tmp_path)
+    check_round_trip(model, tmp_path, IDS)
+    assert sorted(model.peft_config) == ["default", "other"]

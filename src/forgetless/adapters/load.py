@@ -170,8 +170,10 @@ def removal(base: PreTrainedModel | PeftModel, adapter: str) -> Callable[[], Non
     def undo() -> None:
         if isinstance(base, PeftModel):
             for module in base.modules():
-                if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+                if isinstance(module, BaseTunerLayer):
                     module.delete_adapter(adapter)
+                elif isinstance(module, AuxiliaryTrainingWrapper):
+                    module.delete_adapter(adapter, None)
             base.peft_config.pop(adapter, None)
         elif was_bare and hasattr(base, "peft_config"):
             del base.peft_config

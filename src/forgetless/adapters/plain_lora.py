@@ -53,7 +53,8 @@ def beyond_plain_lora(config: Mapping[str, Any]) -> list[str]:
     found = [name for name in _BESIDE if config.get(name)]
     if config.get("bias", "none") != "none":
         found.append("bias")
-    if config.get("init_lora_weights", True) not in KEEPS_BASE:
+    init = config.get("init_lora_weights", True)
+    if not isinstance(init, bool | str | None) or init not in KEEPS_BASE:
         found.append("init_lora_weights")
     return [f"{name}={config[name]!r}" for name in found]
 

@@ -93,7 +93,7 @@ def _chooses(text: str, answer: str) -> bool:
         said = [found for part in parts[1:] if (found := _opening_letter(part))]
         return (said[-1] if said else _letter_in(text)) == letter
     words, expected = normalise(parts[-1] or text).split(), normalise(answer).split()
-    return words[: len(expected)] == expected
+    return bool(expected) and words[: len(expected)] == expected
 
 
 def _opening_letter(text: str) -> str | None:

@@ -105,7 +105,8 @@ class Verdict:
     @property
     def by_kl_alone(self) -> bool:
         """Whether only KL tells them apart: a changed model, which need not be a worse one."""
-        return all(c.metric == "kl" for c in self.losses if c.sign)
+        telling = [c for c in self.losses if c.sign] or self.losses
+        return bool(telling) and all(c.metric == "kl" for c in telling)
 
     @property
     def lora_won(self) -> bool:
