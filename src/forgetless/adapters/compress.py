@@ -207,7 +207,7 @@ def rank_of(model: PeftModel, adapter: str = "default") -> int:
 
 
 def _targets(model: PeftModel, adapter: str) -> dict[str, Target]:
-    """The adapted layers, in the order in which a run calibrates them: that is in its cache key."""
+    """The adapted layers as calibration takes them."""
     layers = adapted_layers(model, adapter)
     # By name: an adapter of somebody else may hold layers that no one would pick by default.
     targets = {n: t for n, t in find_targets(model, list(layers)).targets.items() if n in layers}

@@ -23,6 +23,7 @@ _BESIDE = {
     "trainable_token_indices": "trained token embeddings",
     "target_parameters": "LoRA on bare parameters",
     "layer_replication": "replicated layers",
+    "use_qalora": "QA-LoRA",
 }
 _PLAIN = "train without it, or merge it with PEFT's merge_and_unload()"
 _REWRITE = "forgetless export rewrites it"
