@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from forgetless.data import DataSpec, Row, load_rows
 from forgetless.data.loading import check_rows
+from forgetless.data.rows import RowSet
 from forgetless.errors import DataError
 
 USER = {"role": "user", "content": "Where is it?"}
@@ -238,3 +239,10 @@ def test_self_data_without_a_model_say_what_is_missing(
 ) -> None:
     with pytest.raises(DataError, match="self: expected a model"):
         load_rows(DataSpec(self_sampled=True), tiny_tokenizer)
+
+
+def test_a_fingerprint_tells_accepted_answers_apart():
+    """Rows judged by other answers are other rows, whatever the model reads."""
+    one, more = (Row("Q:", " a", answers=answers) for answers in (("a",), ("a", "b")))
+    spec = DataSpec(examples=["Q: a"])
+    assert RowSet(spec, (one,)).fingerprint != RowSet(spec, (more,)).fingerprint

@@ -63,8 +63,9 @@ class RowSet:
 
 
 def fingerprint_rows(rows: Iterable[Row], spec: DataSpec) -> str:
-    """Hash rendered rows with the spec's `max_length` and `tokens`; 16 hex digits."""
+    """Hash rows and accepted answers with the spec's `max_length` and `tokens`; 16 hex digits."""
     state = hashlib.sha256(f"{spec.max_length} {spec.tokens}".encode())
     for row in rows:
         state.update(f"\0{len(row.prompt)} {row.templated}\0{row.text}".encode())
+        state.update("".join(f"\0{answer}" for answer in row.answers).encode())
     return state.hexdigest()[:16]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from forgetless.adapters.card import write_card
-from forgetless.adapters.load import CONFIG
 from forgetless.errors import RecipeError
 from forgetless.experiments.checks import data_of, items_of
 from forgetless.experiments.data_files import changed_files
@@ -49,7 +48,8 @@ def settle(recipe: Recipe, folder: RunFolder, heard: Progress) -> bool:
         heard.note(f"{folder.path} is finished already; remove it to run again")
         return True
     if SHOWING.issuperset(keys) and not files:
-        mend(recipe, folder, _relabel(recipe, folder, record), heard)
+        mend(recipe, folder, record, heard)
+        _relabel(recipe, folder, record)
         heard.note(f"{folder.path} is finished already; only {join_words(keys)} is new")
         return True
     names = ", ".join([*keys, *files])
@@ -62,12 +62,10 @@ def settle(recipe: Recipe, folder: RunFolder, heard: Progress) -> bool:
     return False
 
 
-def _relabel(recipe: Recipe, folder: RunFolder, record: Record) -> Record:
+def _relabel(recipe: Recipe, folder: RunFolder, record: Record) -> None:
     label = recipe.label or str(recipe.method["name"])
     renamed = record.model_copy(update={"label": label, "recipe": plain_recipe(recipe)})
     folder.claim(recipe)
-    if (folder.adapter / CONFIG).is_file():  # the user may have moved it
-        write_card(folder.adapter, card_facts(renamed))
+    write_card(folder.adapter, card_facts(renamed))
     write_report([renamed], folder.report)
     save_record(renamed, folder.record)
-    return renamed
