@@ -16,13 +16,13 @@ from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import stdtrit
 
 from forgetless.evaluation.results import Estimate
 
 RESAMPLES = 2000
 FEWEST_ROWS = 6  # with fewer, nothing is significant
 _BLOCK = 2**20  # row indices drawn at a time: 8 MiB
-_STUDENT = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764}  # 97.5 % quantiles by degrees of freedom
 
 
 def bootstrap_mean(
@@ -30,6 +30,7 @@ def bootstrap_mean(
     weights: NDArray[np.float64] | None = None,
     *,
     bounds: tuple[float, float] = (-math.inf, math.inf),
+    is_change: bool = True,
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> Estimate:
@@ -43,12 +44,13 @@ def bootstrap_mean(
         values: One figure a row, finite.
         weights: Positive weights; all equal where not given.
         bounds: What the mean can be; the interval ends there.
+        is_change: Whether a mean of 0 says that nothing changed; KL is a change too.
         seed: Seed of the resampling.
         resamples: K.
 
     Returns:
-        Mean, both ends of the interval, and N. With fewer than 6 rows the interval is Student's and
-        covers 0. Both ends are the mean where N is 1.
+        Mean, both ends of the interval, and N. With fewer than 6 rows the interval is Student's,
+        and that of a change covers 0. Both ends are the mean where N is 1.
     """
     values_N = np.asarray(values, dtype=np.float64)
     weights_N = np.ones_like(values_N) if weights is None else np.asarray(weights, np.float64)
@@ -61,7 +63,7 @@ def bootstrap_mean(
         return Estimate(mean=mean, low=mean, high=mean, n=1)
     from_mean_N = values_N - mean
     error = float(_standard_error(from_mean_N, weights_N, weights_N.sum()))
-    below = above = student_t(rows - 1) * math.sqrt(rows / (rows - 1)) * error
+    below = above = float(stdtrit(rows - 1, 0.975)) * math.sqrt(rows / (rows - 1)) * error
     if rows >= FEWEST_ROWS:
         shifts_K = np.concatenate(
             [
@@ -72,24 +74,10 @@ def bootstrap_mean(
         low, high = np.quantile(shifts_K, [0.025, 0.975])
         below, above = max(below, float(high) * error), max(above, -float(low) * error)
     low, high = max(mean - below, bounds[0]), min(mean + above, bounds[1])
-    if rows < FEWEST_ROWS:
+    if rows < FEWEST_ROWS and is_change:
         low, high = min(low, 0.0), max(high, 0.0)
     # Rounding must not push the mean of equal rows out of its own interval.
     return Estimate(mean=mean, low=min(low, mean), high=max(high, mean), n=rows)
-
-
-def student_t(freedom: int) -> float:
-    """97.5 % quantile of Student's t, to 0.2 %: a table, then Cornish and Fisher's expansion."""
-    if freedom in _STUDENT:
-        return _STUDENT[freedom]
-    z, inverse = 1.959963984540054, 1 / freedom
-    terms = (
-        z,
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
-    return sum(term * inverse**power for power, term in enumerate(terms))
 
 
 def _studentised(

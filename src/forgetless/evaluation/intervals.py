@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import betaincinv
 
 from forgetless.evaluation.bootstrap import bootstrap_mean
 from forgetless.evaluation.results import Estimate
@@ -32,7 +33,7 @@ def share_level(values: NDArray[np.float64]) -> Estimate:
     """Mean of scores between 0 and 1: Wilson's interval where all are 0 or 1, else bootstrap."""
     rows = len(values)
     if rows == 1 or not is_binary(values):
-        return bootstrap_mean(values, bounds=(0.0, 1.0))
+        return bootstrap_mean(values, bounds=(0.0, 1.0), is_change=False)
     low, high = wilson(int(values.sum()), rows)
     return Estimate(mean=float(values.mean()), low=low, high=high, n=rows)
 
@@ -70,11 +71,8 @@ def wilson(count: int, rows: int) -> tuple[float, float]:
 
 def clopper_pearson(count: int, rows: int) -> tuple[float, float]:
     """The exact interval of `count` of `rows`: both binomial tails at 2.5 %."""
-    low, high = 0.0, 1.0
-    if count > 0:
-        low = _root(lambda p: _upper_tail(count, rows, p) - 0.025, 0.0, 1.0)
-    if count < rows:
-        high = 1.0 - _root(lambda p: _upper_tail(rows - count, rows, p) - 0.025, 0.0, 1.0)
+    low = float(betaincinv(count, rows - count + 1, 0.025)) if count > 0 else 0.0
+    high = float(betaincinv(count + 1, rows - count, 0.975)) if count < rows else 1.0
     return low, high
 
 
@@ -113,17 +111,6 @@ def _tango(gained: int, lost: int, rows: int) -> tuple[float, float]:
     low = -1.0 if share <= -1 else _root(lambda d: _Z - score(d), -1.0, share)
     high = 1.0 if share >= 1 else _root(lambda d: -_Z - score(d), share, 1.0)
     return low, high
-
-
-def _upper_tail(count: int, rows: int, share: float) -> float:
-    """P(X >= count), X binomial."""
-    if share <= 0 or share >= 1:
-        return float(share >= 1)
-    k = np.arange(count, rows + 1)
-    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, rows + 1)))])
-    choose = log_factorial[rows] - log_factorial[k] - log_factorial[rows - k]
-    logs = choose + k * math.log(share) + (rows - k) * math.log1p(-share)
-    return float(np.exp(logs).sum())
 
 
 def _root(rising: Callable[[float], float], low: float, high: float) -> float:

@@ -44,8 +44,8 @@ def paired(
     if metric in _PER_TOKEN:
         result = MetricResult(
             metric=metric,
-            base=bootstrap_mean(base, weights, bounds=_NOT_NEGATIVE),
-            tuned=bootstrap_mean(tuned, weights, bounds=_NOT_NEGATIVE),
+            base=bootstrap_mean(base, weights, bounds=_NOT_NEGATIVE, is_change=False),
+            tuned=bootstrap_mean(tuned, weights, bounds=_NOT_NEGATIVE, is_change=False),
             change=bootstrap_mean(tuned - base, weights),
             higher_is_better=False,
         )
