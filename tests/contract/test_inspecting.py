@@ -188,3 +188,18 @@ def test_anything_else_is_one_line(name: str, tmp_path: Path) -> None:
 def test_only_an_adapter_is_measured(calibrated: tuple[Path, Path]) -> None:
     with pytest.raises(ArtefactError, match="measure an adapter, got second moments"):
         inspect(calibrated[1], model="demo")
+
+
+@pytest.mark.parametrize("init", [["pissa"], {"a": 1}])
+def test_a_configuration_of_odd_types_is_described_or_refused_in_one_line(
+    tiny_model_path: Path, tmp_path: Path, init: object
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_path)
+    get_peft_model(base, LoraConfig(target_modules=["q_proj"])).save_pretrained(str(tmp_path / "a"))
+    path = tmp_path / "a" / "adapter_config.json"
+    written = json.loads(path.read_text())
+    path.write_text(json.dumps(written | {"init_lora_weights": init}))
+    assert inspect(tmp_path / "a")["beyond_plain_lora"] == [f"init_lora_weights={init!r}"]
+    path.write_text(json.dumps(written | {"lora_alpha": None}))
+    with pytest.raises(ArtefactError, match="numeric lora_alpha"):
+        inspect(tmp_path / "a")

@@ -195,3 +195,31 @@ def test_the_round_trip_works_beside_an_adapter_with_modules_to_save(
     export(model, tmp_path)
     check_round_trip(model, tmp_path, IDS)
     assert sorted(model.peft_config) == ["default", "other"]
+
+
+def test_a_merge_holds_nothing_of_another_adapters_trained_modules(
+    tiny_model: nn.Module, tmp_path: Path
+) -> None:
+    names = {name for name in tiny_model.state_dict() if name != "lm_head.weight"}
+    norm = tiny_model.model.norm.weight.clone()
+    model = lora(lora(tiny_model, "other", modules_to_save=["norm"]), "default")
+    model.set_adapter("default")
+    save_merged(model, tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert set(found) == names
+    assert torch.equal(found["model.norm.weight"], norm)
+
+
+def test_a_merge_onto_a_full_disk_leaves_no_file(
+    tiny_model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = lora(tiny_model)
+
+    def full(folder: str, **_: object) -> None:
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tiny_model, "save_pretrained", full)
+    with pytest.raises(AdapterError, match="merge: could not write"):
+        save_merged(model, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())

@@ -433,3 +433,32 @@ def test_the_shell_completes_verbs(tmp_path: Path) -> None:
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["inspect"]
+
+
+@pytest.mark.parametrize("arguments", [["methods"], ["methods", "--json"]])
+def test_a_reader_who_has_had_enough_ends_the_command_without_a_word(arguments: list[str]) -> None:
+    """`forgetless methods | true`."""
+    code = "import sys; from forgetless.__main__ import main; main()"
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], stdout=writing, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_an_adapter_that_no_scale_reaches_is_refused_before_anything_is_measured(
+    recipe: Path,
+    tmp_path: Path,
+    tiny_model_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_path)
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    get_peft_model(base, config).save_pretrained(str(tmp_path / "theirs"))
+    monkeypatch.setattr("forgetless.experiments.measure_adapter.load_base", None)
+    scales = "evaluation.scales=[0.5]"
+    assert status("evaluate", recipe, scales, "--adapter", tmp_path / "theirs") == 2
+    assert "evaluation.scales: expected an adapter that is its update" in capsys.readouterr().err

@@ -10,21 +10,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from forgetless.adapters.plain_lora import BESIDE
+
 # vLLM's choices of max_lora_rank; SGLang is held to them too.
 LADDER = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 PREFIX = "base_model.model."
 A_SUFFIX, B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
 _HEADS = frozenset({"lm_head", "embed_out"})
-# Options of PEFT that put something beside B A; with what a reader of the message knows it as.
-_BESIDE = {
-    "use_dora": "DoRA",
-    "lora_bias": "a bias in LoRA's B",
-    "modules_to_save": "modules that were trained in full",
-    "trainable_token_indices": "trained token embeddings",
-    "target_parameters": "LoRA on bare parameters",
-    "layer_replication": "replicated layers",
-    "use_qalora": "QA-LoRA",
-}
 _PLAIN = "train without it, or merge it with PEFT's merge_and_unload()"
 _REWRITE = "forgetless export rewrites it"
 
@@ -101,7 +93,7 @@ def holds_factors_only(files: AdapterFiles) -> Iterator[str]:
     bias = files.config.get("bias", "none")
     if bias != "none":
         yield f"expected bias 'none', got {bias!r}; train with bias='none'"
-    for option, words in _BESIDE.items():
+    for option, (words, _) in BESIDE.items():
         value = files.config.get(option)
         if value:
             yield f"expected plain LoRA, got {words} ({option}={value!r}); {_PLAIN}"

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from forgetless.adapters.export_target import ExportJob, ExportTarget
 from forgetless.adapters.forms import adapted_layers, factors
 from forgetless.adapters.plain_lora import refuse_what_plain_lora_cannot_hold
 from forgetless.adapters.round_trip import RoundTrip, check_merged
+from forgetless.adapters.whole_folder import written_into
 from forgetless.errors import AdapterError
 from forgetless.linalg.precision import full_precision
 from forgetless.models.load import load_model
@@ -37,9 +38,8 @@ class MergedModel(ExportTarget):
             scale=job.scale,
             adapter=job.adapter,
             dtype=job.checkpoint_dtype,
+            tokenizer=job.tokenizer,
         )
-        if job.tokenizer is not None:
-            job.tokenizer.save_pretrained(str(job.folder))
         return _dtype(job)
 
     def compare(self, job: ExportJob, input_ids_BT: Tensor) -> RoundTrip:
@@ -64,6 +64,7 @@ def save_merged(
     scale: float = 1.0,
     adapter: str = "default",
     dtype: torch.dtype | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Path:
     """Write the base with W + scale·ΔW, rounded once; biases and all else kept.
 
@@ -75,6 +76,7 @@ def save_merged(
         scale: Factor on ΔW.
         adapter: Which adapter.
         dtype: Of the weights written; the base's own by default.
+        tokenizer: Written beside the model.
 
     Raises:
         AdapterError: A quantised base, an adapter that is more than plain LoRA, or a folder or
@@ -83,10 +85,11 @@ def save_merged(
     folder = Path(folder)
     refuse_what_plain_lora_cannot_hold(model, adapter)
     base = base_of(model)
+    # Of other adapters too: their factors, and modules that they train in full.
     state = {
-        key.replace(".base_layer.", "."): tensor
+        key.replace(".base_layer.", ".").replace(".original_module.", "."): tensor
         for key, tensor in base.state_dict(keep_vars=False).items()
-        if ".lora_" not in key
+        if ".lora_" not in key and ".modules_to_save." not in key
     }
     for name, layer in adapted_layers(model, adapter).items():
         if not layer.get_base_layer().weight.is_floating_point():
@@ -101,23 +104,21 @@ def save_merged(
         weight = state[f"{name}.weight"]
         merged = weight.to(delta_OD.dtype) + delta_OD
         state[f"{name}.weight"] = merged.to(dtype or weight.dtype).contiguous()
-    try:
-        base.save_pretrained(str(folder), state_dict=_cast(state, dtype))
+    with written_into(folder, "merge") as workplace:
+        try:
+            base.save_pretrained(str(workplace), state_dict=_cast(state, dtype))
+        except ValueError as error:  # transformers checks what it copies, the base's settings too
+            first = str(error).strip().splitlines()[0]
+            raise AdapterError(
+                f"merge: transformers refuses to save this base ({first}); mend its "
+                "generation_config.json first"
+            ) from error
         if dtype is not None:  # save_pretrained writes that of the live model
             config = copy.deepcopy(base.config)
             config.dtype = dtype
-            config.save_pretrained(str(folder))
-    except ValueError as error:  # transformers checks what it copies, the base's settings too
-        first = str(error).strip().splitlines()[0]
-        raise AdapterError(
-            f"merge: transformers refuses to save this base ({first}); mend its "
-            "generation_config.json first"
-        ) from error
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(
-            f"merge: could not write {folder} ({str(error).strip()}); free some space, or choose "
-            "another folder"
-        ) from error
+            config.save_pretrained(str(workplace))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(workplace))
     return folder
 
 

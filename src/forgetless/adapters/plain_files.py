@@ -4,28 +4,23 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from forgetless.adapters.base_identity import base_metadata
-from forgetless.adapters.card import CARD, CardFacts, write_card
+from forgetless.adapters.card import CardFacts, write_card
 from forgetless.adapters.engines import A_SUFFIX, B_SUFFIX, PREFIX, Engine, missing_of_types
 from forgetless.adapters.export_target import ExportJob, ExportTarget
 from forgetless.adapters.forms import adapted_layers, factors
 from forgetless.adapters.lint import refuse_breaches
-from forgetless.adapters.load import CONFIG, WEIGHTS
+from forgetless.adapters.load import WEIGHTS
 from forgetless.adapters.plain_lora import refuse_what_plain_lora_cannot_hold
 from forgetless.adapters.round_trip import RoundTrip, check_round_trip
+from forgetless.adapters.whole_folder import written_into
 from forgetless.errors import AdapterError
 from forgetless.models.load import base_reference
 from forgetless.models.targets import Target, base_of, find_targets, module_suffixes
@@ -60,14 +55,12 @@ class PlainLora(ExportTarget):
             fan_in_fan_out=all(isinstance(x.get_base_layer(), Conv1D) for x in layers.values()),
             inference_mode=True,
         )
-        with _written_into(job.folder) as workplace:
+        with written_into(job.folder, "export") as workplace:
             metadata = {"format": "pt", **base_metadata(base)}
             save_file(_tensors(updates, rank), workplace / WEIGHTS, metadata)
             config.save_pretrained(str(workplace))
             refuse_breaches(workplace, self._engine, {*linear, *layers}, shown=job.folder)
             write_card(workplace, CardFacts(base=name or None))
-            for file in (CARD, WEIGHTS, CONFIG):
-                (workplace / file).replace(job.folder / file)
         return torch.float32
 
     def compare(self, job: ExportJob, input_ids_BT: Tensor) -> RoundTrip:
@@ -116,17 +109,3 @@ def _tensors(updates: dict[str, tuple[Tensor, Tensor]], rank: int) -> dict[str, 
         tensors[f"{PREFIX}{name}{A_SUFFIX}"] = a_RD.float().cpu().contiguous()
         tensors[f"{PREFIX}{name}{B_SUFFIX}"] = b_OR.float().cpu().contiguous()
     return tensors
-
-
-@contextmanager
-def _written_into(folder: Path) -> Iterator[Path]:
-    """A folder inside `folder` to write into and rename out of; gone afterwards, come what may."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as workplace:
-            yield Path(workplace)
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(
-            f"export: could not write {folder} ({str(error).strip()}); free some space, or choose "
-            "another folder"
-        ) from error

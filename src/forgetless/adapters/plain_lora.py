@@ -18,15 +18,24 @@ from forgetless.models.targets import base_of
 KEEPS_BASE: frozenset[bool | str | None] = frozenset(
     {True, False, None, "gaussian", "eva", "orthogonal", "mica", LIVE_BOTH}
 )
-# Options that put something beside B A, with what to train in their place.
-_BESIDE = {
-    "modules_to_save": "train without modules_to_save",
-    "lora_bias": "train with lora_bias=False",
-    "use_dora": "train with use_dora=False, or merge it with PEFT's merge_and_unload()",
-    "trainable_token_indices": "train without trainable_token_indices",
-    "target_parameters": "name linear layers in target_modules",
-    "layer_replication": "save the replicated model as a base of its own, and train on that",
-    "use_qalora": "train without use_qalora",
+# Options that put something beside B A: what that is, and what to train in its place.
+BESIDE = {
+    "modules_to_save": ("modules that were trained in full", "train without modules_to_save"),
+    "lora_bias": ("a bias in LoRA's B", "train with lora_bias=False"),
+    "use_dora": (
+        "DoRA",
+        "train with use_dora=False, or merge it with PEFT's merge_and_unload()",
+    ),
+    "trainable_token_indices": (
+        "trained token embeddings",
+        "train without trainable_token_indices",
+    ),
+    "target_parameters": ("LoRA on bare parameters", "name linear layers in target_modules"),
+    "layer_replication": (
+        "replicated layers",
+        "save the replicated model as a base of its own, and train on that",
+    ),
+    "use_qalora": ("QA-LoRA", "train without use_qalora"),
 }
 
 
@@ -50,7 +59,7 @@ def refuse_changed_base(where: str, init: Any) -> None:
 
 def beyond_plain_lora(config: Mapping[str, Any]) -> list[str]:
     """Options of an adapter's configuration that a plain LoRA cannot hold, as `name=value`."""
-    found = [name for name in _BESIDE if config.get(name)]
+    found = [name for name in BESIDE if config.get(name)]
     if config.get("bias", "none") != "none":
         found.append("bias")
     init = config.get("init_lora_weights", True)
@@ -69,7 +78,7 @@ def refuse_what_plain_lora_cannot_hold(model: PeftModel, adapter: str = "default
     if adapter not in model.peft_config:
         raise AdapterError(f"{where}: expected one of {sorted(model.peft_config)}; check the name")
     config = model.peft_config[adapter].to_dict()
-    for option, remedy in _BESIDE.items():
+    for option, (_, remedy) in BESIDE.items():
         if config.get(option):
             raise AdapterError(
                 f"{where}: expected plain LoRA, got {option}={config[option]!r}, which a plain "

@@ -27,6 +27,7 @@ from forgetless.models.state import left_as_found
 from forgetless.models.targets import base_of
 
 PROBE = "forgetless-roundtrip"
+PROBE_TEXT = "The quick brown fox jumps over the lazy dog."
 # Largest difference of logits, as a share of the largest logit, that rounding may explain.
 TOLERANCE_FLOAT32 = 1e-3
 TOLERANCE_16_BIT = 5e-2

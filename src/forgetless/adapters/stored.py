@@ -113,6 +113,11 @@ def _scale(config: Mapping[str, Any], layer: str, rank: int) -> float:
     """Alpha / rank of a layer, by PEFT's rules: patterns, and the root of the rank for rsLoRA."""
     patterns = config.get("alpha_pattern") or {}
     alpha = patterns.get(get_pattern_key(list(patterns), layer), config.get("lora_alpha", rank))
+    if rank < 1 or not isinstance(alpha, int | float):
+        raise ArtefactError(
+            f"layer {layer}: expected a rank and a numeric lora_alpha, got {rank} and {alpha!r}; "
+            "save the adapter again"
+        )
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated
@@ -34,7 +35,7 @@ app = typer.Typer(
             _lines(
                 "Exit status:",
                 "0    done",
-                "1    a fault of this program, with a traceback",
+                "1    a fault of this program, with a traceback; or nobody reads the output",
                 "2    a mistake in the input: one line says which, and what to do",
                 "130  stopped by Ctrl-C; run and train resume",
             ),
@@ -97,7 +98,7 @@ _add(
 )
 _add(
     verbs.evaluate,
-    "Measure any PEFT LoRA, whoever trained it.",
+    "Measure a LoRA, whoever trained it.",
     "forgetless evaluate recipe.yaml --adapter somebodys-lora",
     "forgetless evaluate recipe.yaml 'evaluation.scales=[0.3, 0.7]'",
 )
@@ -143,6 +144,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app(args=arguments)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # of JSON; rich does the same where it prints
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ForgetlessError, OSError, RuntimeError) as error:
         line = _in_one_line(error)
         if line is None:

@@ -22,12 +22,11 @@ from forgetless.adapters.export import check_compression, cut_to, export_target,
 from forgetless.adapters.export_target import ExportJob
 from forgetless.adapters.load import load_adapter, read_adapter_config
 from forgetless.adapters.plain_lora import refuse_what_plain_lora_cannot_hold
-from forgetless.adapters.round_trip import RoundTrip
+from forgetless.adapters.round_trip import PROBE_TEXT, RoundTrip
 from forgetless.data.spec import DataSpec, parse_data
 from forgetless.errors import AdapterError, RecipeError
 from forgetless.experiments.adapter_folder import adapter_folder
 from forgetless.experiments.describe import dtype_name
-from forgetless.experiments.mending import PROBE
 from forgetless.experiments.model_card import write_export_card
 from forgetless.experiments.progress import Progress, warnings_heard
 from forgetless.models.cache import cache_dir
@@ -129,7 +128,7 @@ def export_folder(
         metric = IDENTITY
         if data is not None:
             metric = _metric(job, max_rank, data, loaded, heard)
-        probe = loaded.tokenizer(PROBE, return_tensors="pt").input_ids.to(loaded.device)
+        probe = loaded.tokenizer(PROBE_TEXT, return_tensors="pt").input_ids.to(loaded.device)
         with heard.phase("export"), cut_to(job, max_rank, metric) as (ready, compression):
             dtype = chosen.write(ready)
             keep_figures(compression, output)

@@ -7,6 +7,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from forgetless.adapters.load import read_adapter_config
+from forgetless.adapters.plain_lora import beyond_plain_lora
 from forgetless.atomic import write_atomically
 from forgetless.errors import ArtefactError, RecipeError
 from forgetless.evaluation.evaluate import evaluate
@@ -15,7 +17,7 @@ from forgetless.experiments.adapter_folder import adapter_folder
 from forgetless.experiments.base_model import load_base
 from forgetless.experiments.checks import check_readable, items_of
 from forgetless.experiments.progress import Progress, warnings_heard
-from forgetless.models.load import cache_dir
+from forgetless.models.cache import cache_dir
 from forgetless.recipe import Recipe
 from forgetless.training.quiet import libraries_quiet
 
@@ -42,12 +44,19 @@ def measure_adapter(
     if not (wanted.gain or wanted.retention):
         raise RecipeError("evaluation: expected gain or retention items, got none; add some")
     folder = adapter_folder(adapter)
+    scales = [scale for scale in wanted.scales or () if scale != 1.0]
+    beyond = beyond_plain_lora(read_adapter_config(folder)) if scales else []
+    if beyond:
+        raise RecipeError(
+            f"evaluation.scales: expected an adapter that is its update alone, got {beyond[0]} in "
+            f"{folder}, which no scale reaches; leave scales out"
+        )
     check_readable(items_of(recipe))
     with libraries_quiet(), warnings_heard(heard.warn):
         with heard.phase("load"):
             loaded = load_base(recipe, heard)
         reports = []
-        for scale in (1.0, *(s for s in wanted.scales or () if s != 1.0)):
+        for scale in (1.0, *scales):
             with heard.phase(f"evaluate at scale {scale:g}"):
                 reports.append(
                     evaluate(

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from forgetless.adapters.card import write_card
 from forgetless.adapters.export import export
 from forgetless.adapters.load import WEIGHTS, load_adapter, read_adapter_config
-from forgetless.adapters.round_trip import check_round_trip
+from forgetless.adapters.round_trip import PROBE_TEXT, check_round_trip
 from forgetless.errors import ArtefactError, ForgetlessError
 from forgetless.experiments.base_model import load_base
 from forgetless.experiments.model_card import card_facts
@@ -21,8 +21,6 @@ from forgetless.models.load import base_reference
 from forgetless.recipe import Recipe
 from forgetless.training.checkpoint import latest_checkpoint, read_marker
 from forgetless.training.quiet import libraries_quiet
-
-PROBE = "The quick brown fox jumps over the lazy dog."
 
 
 def mend(recipe: Recipe, folder: RunFolder, record: Record, heard: Progress) -> None:
@@ -80,5 +78,5 @@ def _export(recipe: Recipe, checkpoint: Path, adapter: Path, heard: Progress) ->
         with heard.phase("export"):
             name = base_reference(loaded.name)
             export(model, adapter, base_name=name, revision=loaded.revision)
-            probe = loaded.tokenizer(PROBE, return_tensors="pt").input_ids.to(loaded.device)
+            probe = loaded.tokenizer(PROBE_TEXT, return_tensors="pt").input_ids.to(loaded.device)
             check_round_trip(model, adapter, probe)

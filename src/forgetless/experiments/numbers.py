@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-from forgetless.escaping import clean as clean
-from forgetless.escaping import one_line as one_line
 from forgetless.evaluation.items import GENERATED
 from forgetless.evaluation.results import Estimate
 

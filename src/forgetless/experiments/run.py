@@ -30,7 +30,8 @@ from forgetless.experiments.record import TrainingFacts, save_record
 from forgetless.experiments.report import write_report
 from forgetless.methods import make_method
 from forgetless.methods.base import Method
-from forgetless.models.load import LoadedModel, base_reference, cache_dir
+from forgetless.models.cache import cache_dir
+from forgetless.models.load import LoadedModel, base_reference
 from forgetless.recipe import Recipe
 from forgetless.training.callbacks import ReportSteps
 from forgetless.training.quiet import libraries_quiet

@@ -70,7 +70,7 @@ def rounded_fingerprint(model: nn.Module) -> str | None:
     state = hashlib.sha256()
     seen: set[int] = set()
     for name, tensor in _base_tensors(model, ""):
-        if id(tensor) in seen or tensor.dtype == torch.bool:  # masks are no weights
+        if id(tensor) in seen or tensor.dtype in (torch.bool, torch.int64):  # masks, positions
             continue
         seen.add(id(tensor))
         if tensor.dtype not in (torch.float32, torch.bfloat16):

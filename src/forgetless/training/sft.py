@@ -240,7 +240,9 @@ def _curve(state: TrainerState) -> list[LogPoint]:
 def _warn_if_unmoved(model: PeftModel, start: Mapping[str, Tensor], steps: int) -> None:
     """Warn where every trainable tensor is what it was before the first step."""
     now = dict(model.named_parameters())
-    if not any(bool((now[name].cpu() != tensor).any()) for name, tensor in start.items()):
+    # A trainer may have cast them meanwhile: rounding is no movement.
+    pairs = [(now[name].cpu(), tensor) for name, tensor in start.items()]
+    if not any(bool((end != tensor.to(end.dtype)).any()) for end, tensor in pairs):
         warnings.warn(
             f"training: the adapter did not move in {steps} steps, so that the tuned model is the "
             "base model; raise training.learning_rate or train for more steps",
