@@ -23,7 +23,10 @@ MEASURED_RATE = (
     "measured on SmolLM2-135M, rank 32 (docs/results.md); the authors use 2e-5 on 7B models at "
     "rank 128"
 )
-UNSWEPT_RATE = "LoRA's, taken over and not swept yet; the authors use 2e-5 on 7B models at rank 128"
+LORAS_RATE = (
+    "LoRA's; of 2e-4 and 1e-3 the one that kept more on SmolLM2-135M, rank 32 (docs/results.md); "
+    "the authors use 2e-5 on 7B models at rank 128"
+)
 
 
 @dataclass(frozen=True, slots=True)

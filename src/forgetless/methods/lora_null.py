@@ -21,8 +21,8 @@ import torch
 from forgetless.linalg.lowrank import project_and_balance
 from forgetless.linalg.subspace import leakage, null_basis
 from forgetless.methods.base import (
+    LORAS_RATE,
     MEASURED_RATE,
-    UNSWEPT_RATE,
     AdapterInit,
     LayerWeights,
     Method,
@@ -102,7 +102,7 @@ class LoRANull(Method):
     @property
     def learning_rate_source(self) -> str:
         """Source of the default rate."""
-        return MEASURED_RATE if self.trains == "b" else UNSWEPT_RATE
+        return MEASURED_RATE if self.trains == "b" else LORAS_RATE
 
     def init(
         self, layer: LayerWeights, stats: SiteStatistics, generator: torch.Generator

@@ -20,7 +20,7 @@ from forgetless.linalg.moments import SecondMoment, augment_bias, output_energy
 from forgetless.linalg.precision import full_precision
 from forgetless.linalg.subspace import contrast_basis
 from forgetless.methods.base import (
-    UNSWEPT_RATE,
+    LORAS_RATE,
     AdapterInit,
     LayerWeights,
     Method,
@@ -109,7 +109,7 @@ class SCLoRA(Method):
     @property
     def learning_rate_source(self) -> str:
         """Source of the default rate."""
-        return UNSWEPT_RATE
+        return LORAS_RATE
 
     def init(
         self, layer: LayerWeights, stats: SiteStatistics, generator: torch.Generator
