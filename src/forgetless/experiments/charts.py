@@ -116,7 +116,12 @@ def _trade_off(runs: Sequence[Run], gain: str, kept: str) -> Panel | None:
     )
     unit = "points" if share else "nats"
     x_label = "KL to the base, √ scale" if lost_by == "kl" else f"{metric_name(lost_by)} lost"
-    parts = [frame.grid(f"{x_label} → forgets more", f"{metric_name(gained_by)} gained, {unit}")]
+    parts = [
+        frame.grid(
+            f"{x_label} → {'further' if lost_by == 'kl' else 'loses more'}",
+            f"{metric_name(gained_by)} gained, {unit}",
+        )
+    ]
     parts += [_draw_path(frame, run, paths[run.index], factor) for run in runs if paths[run.index]]
     parts.append(_base_mark(frame))
     described = "; ".join(
