@@ -39,6 +39,7 @@ ALLOWED: dict[str, set[str]] = {
         "data.spec",
         "data.validation",
         "evaluation.items",
+        "evaluation.lm_eval_spec",
         "evaluation.parse",
         "methods",
         "training.options",
