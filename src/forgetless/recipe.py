@@ -133,6 +133,11 @@ class EvaluationRecipe(_Part):
     scales: list[Annotated[float, Field(gt=0)]] | None = None
     samples: int = Field(default=3, ge=0)
 
+    @property
+    def measures(self) -> bool:
+        """Whether anything is measured at all."""
+        return bool(self.gain or self.retention or self.lm_eval)
+
     @model_validator(mode="before")
     @classmethod
     def _make_items(cls, value: object) -> object:

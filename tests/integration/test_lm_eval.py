@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import forgetless
 from forgetless.errors import ForgetlessError, RecipeError
-from tests.unit.evaluation_setup import with_lora
 
 lm_eval = pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
 
@@ -38,10 +37,10 @@ FACTS = [
 ]
 SUMS = [
     {"question": f"{i} apples and {i} apples?", "answer": f"They are {2 * i}.\n#### {2 * i}"}
-    for i in range(1, 8)
+    for i in range(1, 4)
 ]
 CHOICES = [
-    {"q": f"The {word} is", "choices": ["brown", "apple", "quick", "Paris", "1000"], "gold": i % 5}
+    {"q": f"The {word} is", "choices": ["brown", "dog", "France", "quick"], "gold": 1 + i % 2}
     for i, word in enumerate(("fox", "dog", "capital", "element", "apple", "number", "row"))
 ]
 
@@ -74,6 +73,17 @@ def write_task(folder: Path, data: Path, name: str = "which", **changes: Any) ->
     return folder
 
 
+def with_lora(model: PreTrainedModel) -> PeftModel:
+    """The same adapter each time, far from the base."""
+    tuned = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return tuned.eval()
+
+
 @pytest.fixture
 def tuned(tiny_model: PreTrainedModel) -> PeftModel:
     return with_lora(tiny_model)
@@ -93,7 +103,7 @@ def by_harness(
 ) -> dict[str, Any]:
     """The harness as its users call it."""
     found = lm_eval.simple_evaluate(
-        HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=1),
+        HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=8),
         tasks=[task],
         task_manager=TaskManager(include_path=str(folder), include_defaults=False),
         bootstrap_iters=0,
@@ -468,3 +478,96 @@ def test_examples_need_the_file_that_they_come_from(
         forgetless.evaluate(
             tuned, tiny_tokenizer, lm_eval=[{"task": "gsm8k_local", "data_files": data}]
         )
+
+
+def test_a_run_has_tasks_in_record_report_and_card(
+    tiny_model_path: Path, choices: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from forgetless.experiments.record import load_record
+    from forgetless.experiments.run import run
+    from forgetless.recipe import Recipe
+
+    monkeypatch.setenv("FORGETLESS_CACHE", str(tmp_path / "cache"))
+    train = write_rows(tmp_path / "train.jsonl", SUMS)
+    recipe = Recipe.model_validate(
+        {
+            "model": str(tiny_model_path),
+            "dtype": "float32",
+            "device": "cpu",
+            "method": "lora",
+            "train_data": {"path": str(train), "prompt": "{question}", "completion": "{answer}"},
+            "training": {"max_steps": 2, "batch_size": 2},
+            "evaluation": {"lm_eval": {"tasks": ["which"], "include_path": str(choices)}},
+            "output": str(tmp_path / "run"),
+        }
+    )
+    record = load_record(run(recipe))
+    item = record.evaluation.items[0]
+    assert (item.name, item.side, set(item.metrics)) == ("which", "retention", {"acc", "acc_norm"})
+    assert str(choices / "which.yaml") in record.files
+    for name in ("report.html", "adapter/README.md"):
+        text = (tmp_path / "run" / name).read_text()
+        assert "which version 7, 0 examples" in text
+        assert "acc norm" in text
+
+
+@pytest.mark.parametrize("verb", ["run", "evaluate"])
+def test_the_command_line_asks_for_the_flag(
+    verb: str, tiny_model_path: Path, choices: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    from forgetless.__main__ import main
+
+    (choices / "helper.py").write_text("")
+    train = write_rows(tmp_path / "train.jsonl", SUMS)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {tiny_model_path}\nmethod: lora\noutput: {tmp_path / 'run'}\n"
+        f"train_data: {{path: {train}, prompt: '{{question}}', completion: '{{answer}}'}}\n"
+        f"evaluation: {{lm_eval: {{tasks: [which], include_path: {choices}}}}}\n"
+    )
+    adapter = tmp_path / "adapter"
+    with_lora(
+        __import__("transformers").AutoModelForCausalLM.from_pretrained(tiny_model_path)
+    ).save_pretrained(adapter)
+    arguments = [verb, str(recipe)] + (["--adapter", str(adapter)] if verb == "evaluate" else [])
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "helper.py" in told
+    assert "--allow-task-code" in told
+    assert not (tmp_path / "run" / "record.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.demo_model
+def test_a_real_model_scores_as_in_the_harness(demo_model_folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(demo_model_folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(demo_model_folder)
+    rows = [
+        {"question": f"what is the capital of {country}", "answer": [city]}
+        for country, city in {
+            "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo",
+            "Egypt": "Cairo", "Kenya": "Nairobi", "Norway": "Oslo", "Cuba": "Havana",
+        }.items()
+    ]  # fmt: skip
+    data = write_rows(tmp_path / "capitals.jsonl", rows)
+    official = {
+        "include": str(OFFICIAL / "nq_open" / "nq_open.yaml"),
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"train": str(data), "validation": str(data)}},
+    }
+    (tmp_path / "official.yaml").write_text(json.dumps(official))
+    theirs = by_harness(model, tokenizer, str(tmp_path / "official.yaml"), SHIPPED)
+    tuned = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    report = forgetless.evaluate(
+        tuned, tokenizer, lm_eval=[{"task": "nq_open_local", "data_files": data}]
+    )
+    found = report.items[0].metrics["exact_match"]
+    assert found.base is not None
+    assert found.base.mean == theirs["results"]["nq_open"]["exact_match,remove_whitespace"]
+    assert 0 < found.base.mean < 1  # right and wrong answers are both told
+    assert found.tuned.mean == found.base.mean  # B is 0 at the start

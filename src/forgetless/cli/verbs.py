@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from forgetless.cli.options import Json, Overrides, Quiet, RecipePath, Verbose
+from forgetless.cli.options import Json, Overrides, Quiet, RecipePath, TaskCode, Verbose
 from forgetless.cli.output import (
     again,
     print_json,
@@ -48,6 +48,7 @@ def demo(
 def run(
     recipe: RecipePath,
     overrides: Overrides = None,
+    allow_task_code: TaskCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -61,7 +62,12 @@ def run(
 
     made = load_recipe(recipe, overrides or ())
     with results_only(as_json):
-        path = run_recipe(made, progress=progress_of(quiet, verbose), resume=again())
+        path = run_recipe(
+            made,
+            progress=progress_of(quiet, verbose),
+            resume=again(),
+            allow_task_code=allow_task_code,
+        )
     record = load_record(path)
     paths = {"report": path.parent / "report.html", "adapter": path.parent / "adapter"}
     if as_json:
@@ -125,6 +131,7 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option(help="Also write all figures to this file, as JSON.")
     ] = None,
+    allow_task_code: TaskCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -144,7 +151,10 @@ def evaluate(
             check_figures_file(output)
         with results_only(as_json):
             reports = measure_adapter(
-                made, adapter or made.output, progress=progress_of(quiet, verbose)
+                made,
+                adapter or made.output,
+                progress=progress_of(quiet, verbose),
+                allow_task_code=allow_task_code,
             )
     if as_json:
         # Rows one by one are for --output.

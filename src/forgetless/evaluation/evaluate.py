@@ -37,7 +37,7 @@ from forgetless.evaluation.movement import measure_movement
 from forgetless.evaluation.parse import ItemInput, parse_items
 from forgetless.evaluation.results import EvaluationReport, ItemResult, Movement, Side
 from forgetless.models.fingerprint import model_fingerprint
-from forgetless.models.state import left_as_found
+from forgetless.models.state import left_as_found, random_state_kept
 from forgetless.models.targets import base_of
 
 MOVEMENT_ROWS = 64  # of each retention item, where no movement data are given
@@ -139,10 +139,11 @@ def _task_results(
     # It is an extra, and takes a second to import.
     from forgetless.evaluation.lm_eval import measure_task
 
-    return tuple(
-        measure_task(model, tokenizer, task, settings, cache=cache, progress=progress)
-        for task in tasks
-    )
+    with random_state_kept():  # lm-eval draws a name for a task wherever it is asked for its own
+        return tuple(
+            measure_task(model, tokenizer, task, settings, cache=cache, progress=progress)
+            for task in tasks
+        )
 
 
 def _check_options(scale: float, samples: int) -> None:

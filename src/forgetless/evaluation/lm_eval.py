@@ -163,7 +163,9 @@ def _facts(opened: OpenTask, rows: str) -> TaskFacts:
 
 
 def _shortened(value: object) -> str:
-    text = "" if value is None else value if isinstance(value, str) else json.dumps(value, default=str)
+    text = (
+        "" if value is None else value if isinstance(value, str) else json.dumps(value, default=str)
+    )
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
 
 

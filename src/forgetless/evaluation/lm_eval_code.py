@@ -125,7 +125,8 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
     pickles = [text for text in _texts(config.get("dataset_kwargs")) if text.endswith(_PICKLES)]
     if config.get("dataset_path") == "pandas" or pickles:
         _refuse(path, "pickled data")
-    for child in config.get("task") if isinstance(config.get("task"), list) else ():
+    members = config.get("task")
+    for child in members if isinstance(members, list) else ():
         if isinstance(child, dict):
             _check_config(path, child)
 

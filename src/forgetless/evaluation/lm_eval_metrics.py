@@ -1,7 +1,7 @@
 """Figures of lm-eval by row → base, tuned model and change paired by row, as for our own metrics.
 
-A metric of lm-eval is a function of all rows. What kind it is shows in its value: a mean of numbers,
-a perplexity or bits per byte (pairs of log-likelihood and length), or something else, such as a
+A metric of lm-eval is a function of all rows. What kind it is shows in its value: a mean, a
+perplexity or bits per byte (pairs of log-likelihood and length), or something else, such as a
 correlation, for which rows are resampled in pairs and the function is called again.
 """
 
@@ -21,9 +21,13 @@ from forgetless.evaluation.items import TASK_SHARES
 from forgetless.evaluation.pairing import Measured, paired_scores
 from forgetless.evaluation.results import Estimate, MetricResult, RowValues
 
+_Pairs = tuple[NDArray[np.float64], NDArray[np.float64]]
+_PairsOfBoth = tuple[_Pairs | None, _Pairs | None]
 Aggregate = Callable[[list[Any]], Any]
 _RESAMPLES = 200
 _Z = 1.959963984540054
+_NATS = math.log(2)  # in a bit
+_LARGEST = 700.0  # e to more is infinite
 _OURS = frozenset({"nll", "kl"})  # names that tables read as nats per token
 
 
@@ -47,60 +51,50 @@ def measured_metric(
     Returns:
         None where it is not one number, or no row has figures of both.
     """
-    rows = [
-        (b, t) for b, t in zip(base, tuned, strict=True) if b is not None and t is not None
-    ]
+    rows = [(b, t) for b, t in zip(base, tuned, strict=True) if b is not None and t is not None]
     if not rows:
         return None
     before, after = [b for b, _ in rows], [t for _, t in rows]
     levels = _number(aggregate(list(before))), _number(aggregate(list(after)))
     if levels[0] is None or levels[1] is None:
         return None
-    scores = _scores(before), _scores(after)
-    if scores[0] is not None and scores[1] is not None:
-        if all(math.isclose(x.mean(), v, rel_tol=1e-9, abs_tol=1e-12) for x, v in _both(scores, levels)):
+    first, second = _scores(before), _scores(after)
+    if first is not None and second is not None:
+        if _is_mean(first, levels[0]) and _is_mean(second, levels[1]):
             return paired_scores(
-                table_name(name, scores), *scores, higher_is_better=higher_is_better
+                table_name(name, (first, second)), first, second, higher_is_better=higher_is_better
             )
         lengths = np.ones(len(rows))
-        pairs = ((scores[0], lengths), (scores[1], lengths))
+        pairs: _PairsOfBoth = ((first, lengths), (second, lengths))
     else:
         pairs = (_pairs(before), _pairs(after))
-    perplexity = _perplexity(table_name(name, ()), pairs, levels, higher_is_better)
-    if perplexity is not None:
-        return perplexity
-    return _resampled(table_name(name, ()), before, after, aggregate, higher_is_better)
+    named = table_name(name, ())
+    found = _perplexity(named, pairs, levels[0], levels[1], higher_is_better)
+    return found or _resampled(named, before, after, aggregate, higher_is_better)
 
 
 def table_name(name: str, scores: Sequence[NDArray[np.float64] | None]) -> str:
-    """The name; another where tables would read it as nats a token, or as a share that it is not."""
+    """The name; another where tables would read it as nats a token or as a share, falsely."""
     share = name.partition(",")[0] in TASK_SHARES
     within = bool(scores) and all(x is not None and x.min() >= 0 and x.max() <= 1 for x in scores)
     return f"{name} score" if name in _OURS or (share and not within) else name
 
 
-def _both(
-    scores: tuple[Any, ...], levels: tuple[Any, ...]
-) -> list[tuple[NDArray[np.float64], float]]:
-    return list(zip(scores, levels, strict=True))
-
-
 def _perplexity(
-    name: str, pairs: tuple[Any, Any], levels: tuple[Any, Any], higher_is_better: bool
+    name: str, pairs: _PairsOfBoth, base_level: float, tuned_level: float, higher_is_better: bool
 ) -> Measured | None:
     """exp(-Σ log-likelihood / Σ length), or that exponent in bits.
 
     The ratio's change is paired; e to it, times the base's value, is the perplexity's.
     """
-    if pairs[0] is None or pairs[1] is None or not np.array_equal(pairs[0][1], pairs[1][1]):
+    before, after = pairs
+    if before is None or after is None or not np.array_equal(before[1], after[1]):
         return None
-    length_N = pairs[0][1]
-    before_N, after_N = (-likelihood_N / length_N for likelihood_N, _ in pairs)
-    rates = [float((x * length_N).sum() / length_N.sum()) for x in (before_N, after_N)]
-    bits = all(_near(rate / math.log(2), level) for rate, level in _both(tuple(rates), levels))
-    if not bits and not all(
-        _near(math.exp(min(rate, 700.0)), level) for rate, level in _both(tuple(rates), levels)
-    ):
+    length_N = before[1]
+    before_N, after_N = -before[0] / length_N, -after[0] / length_N
+    first, second = (float((x * length_N).sum() / length_N.sum()) for x in (before_N, after_N))
+    bits = _near(first / _NATS, base_level) and _near(second / _NATS, tuned_level)
+    if not bits and not (_near(_exp(first), base_level) and _near(_exp(second), tuned_level)):
         return None
     bounds = (0.0, math.inf)
     base, tuned = (
@@ -108,11 +102,11 @@ def _perplexity(
     )
     change = bootstrap_mean(after_N - before_N, length_N)
     if bits:
-        base, tuned, change = (_mapped(e, lambda x: x / math.log(2)) for e in (base, tuned, change))
+        base, tuned, change = (_mapped(e, lambda x: x / _NATS) for e in (base, tuned, change))
     else:
         # With the base's level held: what the change is relative to.
-        change = _mapped(change, lambda x: levels[0] * math.expm1(min(x, 700.0)))
-        base, tuned = (_mapped(e, lambda x: math.exp(min(x, 700.0))) for e in (base, tuned))
+        change = _mapped(change, lambda x: base_level * math.expm1(min(x, _LARGEST)))
+        base, tuned = (_mapped(e, _exp) for e in (base, tuned))
     result = MetricResult(
         metric=name, base=base, tuned=tuned, change=change, higher_is_better=higher_is_better
     )
@@ -170,7 +164,7 @@ def _scores(values: Sequence[Any]) -> NDArray[np.float64] | None:
     return found if np.isfinite(found).all() else None
 
 
-def _pairs(values: Sequence[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+def _pairs(values: Sequence[Any]) -> _Pairs | None:
     """Log-likelihoods and lengths, where rows are such pairs."""
     if not all(
         isinstance(v, list) and len(v) == 2 and all(isinstance(x, float) for x in v) for v in values
@@ -180,6 +174,14 @@ def _pairs(values: Sequence[Any]) -> tuple[NDArray[np.float64], NDArray[np.float
     if not np.isfinite(found).all() or (found[:, 1] <= 0).any():
         return None
     return found[:, 0], found[:, 1]
+
+
+def _is_mean(scores: NDArray[np.float64], level: float) -> bool:
+    return math.isclose(float(scores.mean()), level, rel_tol=1e-9, abs_tol=1e-12)
+
+
+def _exp(exponent: float) -> float:
+    return math.exp(min(exponent, _LARGEST))
 
 
 def _near(ours: float, theirs: float) -> bool:

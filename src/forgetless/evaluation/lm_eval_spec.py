@@ -60,9 +60,7 @@ class LmEvalRecipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     tasks: list[
-        Annotated[
-            LmEvalTask, BeforeValidator(_named, json_schema_input_type=str | LmEvalTask)
-        ]
+        Annotated[LmEvalTask, BeforeValidator(_named, json_schema_input_type=str | LmEvalTask)]
     ] = Field(min_length=1)
     include_path: Path | None = None
     batch_size: int = Field(default=8, ge=1)

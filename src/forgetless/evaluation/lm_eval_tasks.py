@@ -9,6 +9,7 @@ import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from forgetless.evaluation.lm_eval_code import (
     sandboxed_templates,
 )
 from forgetless.evaluation.lm_eval_spec import LmEvalRecipe, LmEvalTask
+from forgetless.models.state import random_state_kept
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -73,9 +75,18 @@ def open_tasks(settings: LmEvalRecipe, *, allow_code: bool = False) -> list[Open
             )
         if not allow_code:
             refuse_task_code(folder.expanduser())
-    with harness_quiet(), sandboxed_templates():
-        manager = _manager(settings)
-        return [one for wanted in settings.tasks for one in _open(manager, wanted)]
+    for wanted in settings.tasks:
+        refuse_running_answers(wanted.task, {})
+    from lm_eval.tasks import TaskManager
+
+    folders = [SHIPPED, *([folder.expanduser()] if folder is not None else [])]
+    with harness_quiet(), sandboxed_templates(), random_state_kept():
+        local = TaskManager(include_path=list(folders), include_defaults=False)
+        return [
+            one
+            for wanted in settings.tasks
+            for one in _open(_manager(local, folders, wanted.task), wanted)
+        ]
 
 
 @contextlib.contextmanager
@@ -94,24 +105,27 @@ def harness_quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _manager(settings: LmEvalRecipe) -> TaskManager:
-    """An index of local folders alone where they have all: that of lm-eval takes seconds."""
+@cache
+def _defaults() -> TaskManager:
+    """The index of lm-eval's own tasks; it reads thousands of files, which takes seconds."""
     from lm_eval.tasks import TaskManager
 
-    folders: list[str | Path] = [SHIPPED]
-    if settings.include_path is not None:
-        folders.append(settings.include_path.expanduser())
-    local = TaskManager(include_path=folders, include_defaults=False)
-    names = [wanted.task for wanted in settings.tasks]
-    if all(name in local.all_subtasks for name in names):
+    return TaskManager()
+
+
+def _manager(local: TaskManager, folders: Sequence[Path], name: str) -> TaskManager:
+    """The smallest index that has a task and, where it is a group, its members."""
+    from lm_eval.tasks import TaskManager
+
+    if name in local.all_subtasks:
         return local
-    manager = TaskManager(include_path=folders)
-    for name in names:
-        if name not in manager.task_index:
-            near = difflib.get_close_matches(name, manager.all_tasks, n=3)
-            remedy = f"did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists them"
-            raise RecipeError(f"lm_eval: expected a task of lm-eval, got {name!r}; {remedy}")
-    return manager
+    if name in local.task_index:
+        return TaskManager(include_path=list(folders))
+    if name in _defaults().task_index:
+        return _defaults()
+    near = difflib.get_close_matches(name, [*local.all_tasks, *_defaults().all_tasks], n=3)
+    remedy = f"did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists them"
+    raise RecipeError(f"lm_eval: expected a task of lm-eval, got {name!r}; {remedy}")
 
 
 def _open(manager: TaskManager, wanted: LmEvalTask) -> list[OpenTask]:
