@@ -190,6 +190,11 @@ def form_of(model: nn.Module, adapter: str = "default") -> Form:
     )
 
 
+def freezes_a(layer: LoraLayer, adapter: str = "default") -> bool:
+    """Whether A of a layer is frozen while this adapter trains, so that its row space stays."""
+    return tuple(layer.frozen_peft_weight_names.get(adapter, ())) == TrainsB.frozen
+
+
 def down_projection(layer: LoraLayer, adapter: str = "default") -> Tensor:
     """The A (R, D) that a layer reads its input through, float32 or wider.
 
