@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import forgetless
 from forgetless.errors import ForgetlessError, RecipeError
@@ -150,7 +150,7 @@ def test_shipped_tasks_score_as_the_official_ones_on_the_same_rows(
     tuned: PeftModel, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path, task: str
 ) -> None:
     name = task.removesuffix("_local")
-    rows = SUMS if name == "gsm8k" else FACTS
+    rows = SUMS if name == "gsm8k" else FACTS[:4]
     # The official one reads `answers` of WebQuestions.
     data = write_rows(tmp_path / "rows.jsonl", [row | {"answers": row["answer"]} for row in rows])
     splits = {"train": data, "validation" if name == "nq_open" else "test": data}
@@ -494,7 +494,7 @@ def test_a_run_has_tasks_in_record_report_and_card(
             "model": str(tiny_model_path),
             "dtype": "float32",
             "device": "cpu",
-            "method": "lora",
+            "method": {"name": "lora", "rank": 4},
             "train_data": {"path": str(train), "prompt": "{question}", "completion": "{answer}"},
             "training": {"max_steps": 2, "batch_size": 2},
             "evaluation": {"lm_eval": {"tasks": ["which"], "include_path": str(choices)}},
@@ -516,7 +516,7 @@ def test_the_command_line_asks_for_the_flag(
     verb: str, tiny_model_path: Path, choices: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    from forgetless.__main__ import main
+    from forgetless.cli import main
 
     (choices / "helper.py").write_text("")
     train = write_rows(tmp_path / "train.jsonl", SUMS)
@@ -527,9 +527,7 @@ def test_the_command_line_asks_for_the_flag(
         f"evaluation: {{lm_eval: {{tasks: [which], include_path: {choices}}}}}\n"
     )
     adapter = tmp_path / "adapter"
-    with_lora(
-        __import__("transformers").AutoModelForCausalLM.from_pretrained(tiny_model_path)
-    ).save_pretrained(adapter)
+    with_lora(AutoModelForCausalLM.from_pretrained(tiny_model_path)).save_pretrained(adapter)
     arguments = [verb, str(recipe)] + (["--adapter", str(adapter)] if verb == "evaluate" else [])
     with pytest.raises(SystemExit) as stop:
         main(arguments)
@@ -543,7 +541,7 @@ def test_the_command_line_asks_for_the_flag(
 @pytest.mark.slow
 @pytest.mark.demo_model
 def test_a_real_model_scores_as_in_the_harness(demo_model_folder: Path, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(demo_model_folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(demo_model_folder)
@@ -551,20 +549,25 @@ def test_a_real_model_scores_as_in_the_harness(demo_model_folder: Path, tmp_path
         {"question": f"what is the capital of {country}", "answer": [city]}
         for country, city in {
             "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo",
-            "Egypt": "Cairo", "Kenya": "Nairobi", "Norway": "Oslo", "Cuba": "Havana",
+            "Egypt": "Cairo", "Kenya": "Nairobi", "Bhutan": "Thimphu", "Palau": "Ngerulmud",
         }.items()
     ]  # fmt: skip
-    data = write_rows(tmp_path / "capitals.jsonl", rows)
+    # Examples show the form of an answer: without them this model talks on.
+    files = {
+        "train": write_rows(tmp_path / "train.jsonl", rows[:4]),
+        "validation": write_rows(tmp_path / "capitals.jsonl", rows[4:]),
+    }
     official = {
         "include": str(OFFICIAL / "nq_open" / "nq_open.yaml"),
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"train": str(data), "validation": str(data)}},
+        "dataset_kwargs": {"data_files": {k: str(path) for k, path in files.items()}},
     }
-    (tmp_path / "official.yaml").write_text(json.dumps(official))
-    theirs = by_harness(model, tokenizer, str(tmp_path / "official.yaml"), SHIPPED)
+    path = tmp_path / "official.yaml"
+    path.write_text(json.dumps(official))
+    theirs = by_harness(model, tokenizer, str(path), SHIPPED, num_fewshot=4)
     tuned = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
     report = forgetless.evaluate(
-        tuned, tokenizer, lm_eval=[{"task": "nq_open_local", "data_files": data}]
+        tuned, tokenizer, lm_eval=[{"task": "nq_open_local", "data_files": files, "num_fewshot": 4}]
     )
     found = report.items[0].metrics["exact_match"]
     assert found.base is not None

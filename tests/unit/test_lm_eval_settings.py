@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from forgetless.data.validation import validated
 from forgetless.errors import RecipeError
 from forgetless.evaluation.lm_eval_metrics import measured_metric
 from forgetless.evaluation.lm_eval_spec import parse_lm_eval
@@ -46,13 +47,14 @@ def test_what_was_resolved_loads_as_the_same() -> None:
 )
 def test_a_mistake_is_named_with_its_key(value: Any, words: str) -> None:
     with pytest.raises(RecipeError, match=words) as failure:
-        EvaluationRecipe.model_validate({"lm_eval": value})
+        validated(EvaluationRecipe, {"lm_eval": value})
     assert str(failure.value).startswith("evaluation.lm_eval")
 
 
 def test_a_task_needs_a_name_apart_from_the_items() -> None:
     with pytest.raises(RecipeError, match="'kept' in both"):
-        EvaluationRecipe.model_validate(
+        validated(
+            EvaluationRecipe,
             {"retention": [{"name": "kept", "path": "a.jsonl"}],
              "lm_eval": [{"task": "gsm8k", "name": "kept"}]}
         )  # fmt: skip
