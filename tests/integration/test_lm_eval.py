@@ -564,13 +564,22 @@ def test_a_real_model_scores_as_in_the_harness(demo_model_folder: Path, tmp_path
     }
     path = tmp_path / "official.yaml"
     path.write_text(json.dumps(official))
-    theirs = by_harness(model, tokenizer, str(path), SHIPPED, num_fewshot=4)
+    theirs = by_harness(model, tokenizer, str(path), SHIPPED, num_fewshot=3)
     tuned = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
     report = forgetless.evaluate(
-        tuned, tokenizer, lm_eval=[{"task": "nq_open_local", "data_files": files, "num_fewshot": 4}]
+        tuned, tokenizer, lm_eval=[{"task": "nq_open_local", "data_files": files, "num_fewshot": 3}]
     )
     found = report.items[0].metrics["exact_match"]
     assert found.base is not None
     assert found.base.mean == theirs["results"]["nq_open"]["exact_match,remove_whitespace"]
     assert 0 < found.base.mean < 1  # right and wrong answers are both told
     assert found.tuned.mean == found.base.mean  # B is 0 at the start
+
+
+def test_more_examples_than_rows_are_one_line(
+    tuned: PeftModel, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    data = write_rows(tmp_path / "sums.jsonl", SUMS)
+    task = {"task": "gsm8k_local", "data_files": {"train": data, "test": data}}
+    with pytest.raises(RecipeError, match="more than 5 rows to draw examples from, got 3"):
+        forgetless.evaluate(tuned, tiny_tokenizer, lm_eval=[task])

@@ -143,6 +143,7 @@ def _open(manager: TaskManager, wanted: LmEvalTask) -> list[OpenTask]:
                 part.set_config(key="num_fewshot", value=wanted.num_fewshot)
             elif part.get_config("num_fewshot") is None:
                 part.set_config(key="num_fewshot", value=0)
+            _check_examples(part)
     group = loaded.get("groups", {}).get(wanted.task)
     if group is None and len(parts) == 1:
         return [OpenTask(wanted, wanted.label, str(parts[0].VERSION), tuple(parts))]
@@ -151,6 +152,19 @@ def _open(manager: TaskManager, wanted: LmEvalTask) -> list[OpenTask]:
         return [OpenTask(wanted, wanted.label, group.version, tuple(parts))]
     # A tag, or a group that lm-eval does not sum up in this way: a list of tasks.
     return [OpenTask(wanted, part.task_name, str(part.VERSION), (part,)) for part in parts]
+
+
+def _check_examples(part: Any) -> None:
+    """lm-eval draws one row more than it shows, in case one is the question itself."""
+    shots = part.get_config("num_fewshot")
+    if not shots or not part.get_config("fewshot_split"):
+        return
+    rows = len(part.fewshot_docs())
+    if rows <= shots:
+        raise RecipeError(
+            f"lm_eval task {part.task_name}: expected more than {shots} rows to draw examples "
+            f"from, got {rows}; lower num_fewshot, or add rows"
+        )
 
 
 def _leaves(manager: TaskManager, name: str, seen: frozenset[str] = frozenset()) -> Iterator[str]:
