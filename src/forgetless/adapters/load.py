@@ -21,6 +21,7 @@ from forgetless.adapters.forms import FORMS, adapted_layers, factors
 from forgetless.adapters.plain_lora import refuse_changed_base
 from forgetless.adapters.variant import FIXED_A, LIVE_BOTH, BothVariant
 from forgetless.errors import AdapterError, ArtefactError
+from forgetless.models.bitsandbytes_cpu import keep_trainable_layout
 from forgetless.models.untouched import refuse_touched_base
 
 WEIGHTS = "adapter_model.safetensors"
@@ -57,6 +58,7 @@ def load_adapter(
     if isinstance(base, PeftModel) and adapter in base.peft_config:
         raise AdapterError(f"adapter {adapter!r}: already there; give adapter= another name")
     refuse_touched_base(base)
+    keep_trainable_layout(base)
     config = _read_config(folder)
     tensors = _read_tensors(folder)
     check_base(base, folder / WEIGHTS, config.base_model_name_or_path)
