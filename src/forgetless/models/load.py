@@ -29,7 +29,7 @@ from forgetless.models.cache import cache_dir
 from forgetless.models.demo_model import demo_model_path
 from forgetless.models.fingerprint import model_fingerprint
 from forgetless.models.hardware import describe_hardware, has_fast_bf16, pick_device, pick_dtype
-from forgetless.models.quantization import Quantization, quantization_config, quantization_of
+from forgetless.models.quantization import quantization_config, quantization_of
 
 __all__ = [
     "DEMO",
@@ -80,7 +80,7 @@ def load_model(
     device: str | torch.device = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
-    quantization: Quantization = "none",
+    quantization: str = "none",
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer; prints nothing.
 

@@ -1,0 +1,549 @@
+"""Quantised bases: calibrated on, adapted, trained, measured, exported, left as they are."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import LoraVariant
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+import forgetless
+from forgetless.adapters.forms import adapted_layers, factors, form_of
+from forgetless.adapters.load import load_adapter
+from forgetless.adapters.round_trip import check_round_trip
+from forgetless.adapters.variant import BothVariant
+from forgetless.errors import AdapterError, ForgetlessWarning, ModelError
+from forgetless.evaluation.weight_movement import measure_weights
+from forgetless.models.fingerprint import model_fingerprint, unquantized_fingerprint
+from forgetless.models.load import load_model
+from forgetless.models.quantization import QUANTIZERS
+from forgetless.models.targets import find_targets
+
+TEXTS = [f"The capital of country {i} is city {i * 7 % 13}, and it rains there." for i in range(60)]
+TRAIN = [f"Question: {i} apples and {i} apples? Answer: {2 * i} apples." for i in range(40)]
+IDS = torch.arange(5, 29).reshape(2, 12)
+NAMES = {
+    "nf4": "bitsandbytes nf4",
+    "int8": "bitsandbytes int8",
+    "torchao-int8": "torchao int8",
+}
+# What neighbouring codes are apart, as a share of the weights' norm: 4 bits and 8 bits.
+ERROR = {"nf4": (0.05, 0.15), "int8": (0.003, 0.012), "torchao-int8": (0.003, 0.012)}
+CALLING = [name for name in QUANTIZERS if name != "torchao-int8"]
+pytestmark = [
+    # Libraries on CPUs: bitsandbytes casts inside, torch warns of torchao's enums.
+    pytest.mark.filterwarnings("ignore::UserWarning:(bitsandbytes|torchao|peft|torch).*"),
+    pytest.mark.filterwarnings("ignore::forgetless.errors.ForgetlessWarning"),
+]
+
+
+def needed(name: str) -> Any:
+    """Skips where the package of a quantisation is not installed."""
+    package = QUANTIZERS[name].package
+    missing = importlib.util.find_spec(package) is None
+    return pytest.mark.skipif(missing, reason=f"needs {package}: forgetless[quantized]")
+
+
+def cells(names: Any = tuple(QUANTIZERS), **more: str) -> list[Any]:
+    return [
+        pytest.param(
+            name,
+            id=name,
+            marks=[
+                needed(name),
+                pytest.mark.compatibility(base="Llama", quantization=NAMES[name], **more),
+            ],
+        )
+        for name in names
+    ]
+
+
+@pytest.fixture
+def source(make_tiny_model: Callable[..., PreTrainedModel], save_model: Callable[..., Path]) -> Path:
+    """A full-precision Llama with biases, wide enough that a row has several blocks of scales."""
+    wide = {"hidden_size": 128, "intermediate_size": 192, "attention_bias": True}
+    return save_model(make_tiny_model(**wide), "source")
+
+
+Load = Callable[..., PreTrainedModel]
+
+
+@pytest.fixture
+def load(source: Path) -> Load:
+    """`load("nf4")`: the base quantised while it is loaded, new each time."""
+
+    def loaded(quantization: str, dtype: str = "float32") -> PreTrainedModel:
+        return load_model(
+            str(source), dtype=dtype, device="cpu", quantization=quantization
+        ).model
+
+    return loaded
+
+
+def logits(model: nn.Module) -> Tensor:
+    model.eval()
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def attached(
+    base: nn.Module, tokenizer: PreTrainedTokenizerBase, trains: str = "b", **more: Any
+) -> PeftModel:
+    method = {"name": "sc-lora", "trains": trains} if trains == "a" else {
+        "name": "lora-null",
+        "trains": trains,
+    }
+    return forgetless.attach(
+        base, tokenizer, method=method, rank=4, preserve_data=TEXTS, train_data=TRAIN, **more
+    )
+
+
+def train_by_hand(model: PeftModel, steps: int = 2) -> set[str]:
+    """Layers with a nonzero gradient in the first step."""
+    model.train()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    touched: set[str] = set()
+    for step in range(steps):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        if step == 0:
+            touched = {
+                name
+                for name, layer in adapted_layers(model).items()
+                if any(p.grad is not None and p.grad.any() for p in layer.parameters())
+            }
+        optimizer.step()
+        optimizer.zero_grad()
+    return touched
+
+
+def independent_weight(quantization: str, weight_OD: Tensor) -> Tensor:
+    """Quantised and dequantised by the text of the formats, in float64."""
+    weight = weight_OD.double()
+    if quantization != "nf4":  # symmetric, a scale a row
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        return (weight / scale).round().clamp(-128, 127) * scale
+    # NF4: QLoRA, arXiv:2305.14314, App. E: 16 levels, blocks of 64 in the order of memory.
+    levels = torch.tensor(
+        [
+            -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+            -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+            0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+            0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+        ],
+        dtype=torch.float64,
+    )  # fmt: skip
+    blocks = weight.reshape(-1, 64)
+    absmax = blocks.abs().amax(1, keepdim=True)
+    nearest = (blocks / absmax)[..., None].sub(levels).abs().argmin(-1)
+    return (levels[nearest] * absmax).reshape(weight.shape)
+
+
+@pytest.mark.parametrize("quantization", cells())
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dense_weights_are_those_that_the_layer_computes_with(
+    quantization: str, dtype: str, source: Path, load: Load
+) -> None:
+    full = load_model(str(source), dtype=dtype, device="cpu").model.state_dict()
+    base = load(quantization, dtype)
+    before = logits(base)  # moves an int8 layer's scales, and would repack a 4-bit layer
+    for name, target in find_targets(base).targets.items():
+        found = target.weight_OD()
+        expected = independent_weight(quantization, full[f"{name}.weight"]).float()
+        # Between two codes the library's own rounding decides; nearly all others are the same.
+        scale = expected.abs().max()
+        tolerance = 1e-3 if dtype == "float32" else 8e-3
+        agree = ((found - expected).abs() <= tolerance * scale).double().mean()
+        assert agree > 0.98, name
+        low, high = ERROR[quantization]
+        assert low < float((found - full[f"{name}.weight"]).norm() / found.norm()) < high
+        assert target.bias_O() is None or torch.equal(
+            target.bias_O(), full[f"{name}.bias"].float()
+        )
+    assert torch.equal(logits(base), before)
+
+
+@pytest.mark.parametrize("quantization", cells())
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("trains", ["a", "b", "both"])
+def test_an_adapter_starts_bit_for_bit_at_the_quantised_model(
+    quantization: str,
+    dtype: str,
+    trains: str,
+    load: Load,
+    tiny_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    if trains == "both" and quantization not in CALLING:
+        pytest.skip("refused there, as the test of refusals shows")
+    expected = logits(load(quantization, dtype))
+    base = load(quantization, dtype)
+    identity = model_fingerprint(base)
+    model = attached(base, tiny_tokenizer, trains)
+    assert torch.equal(logits(model), expected)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), expected)
+    assert train_by_hand(model) == set(find_targets(model).targets)
+    assert not torch.equal(logits(model), expected)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), expected)
+    assert model_fingerprint(model) == identity
+
+
+@pytest.mark.parametrize("quantization", cells(trainer="hand-written loop", export="peft"))
+def test_an_export_opens_with_peft_alone_on_the_quantised_and_on_the_full_base(
+    quantization: str,
+    source: Path,
+    load: Load,
+    tiny_tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+) -> None:
+    model = attached(load(quantization), tiny_tokenizer)
+    train_by_hand(model)
+    live = logits(model)
+    folder = forgetless.export(model, tmp_path / "out")
+    trip = check_round_trip(model, folder, IDS)
+    assert trip.max_update_error < 1e-6
+    assert trip.max_difference == 0
+    again = PeftModel.from_pretrained(load(quantization), folder)
+    assert torch.equal(logits(again), live)
+    full = load_model(str(source), dtype="float32", device="cpu").model
+    base_logits = logits(full)
+    with pytest.warns(ForgetlessWarning, match=f"quantisation {NAMES[quantization]}, and is"):
+        on_full = load_adapter(full, folder)
+    moved = logits(on_full) - base_logits
+    with model.disable_adapter():
+        expected = live - logits(model)
+    # The same update; what differs is the quantisation's error, which it passes through.
+    assert float((moved - expected).norm() / expected.norm()) < 0.6
+
+
+@pytest.mark.parametrize("quantization", cells(CALLING, trainer="hand-written loop", export="vllm"))
+def test_both_trains_in_every_layer_and_exports_at_twice_the_rank(
+    quantization: str, load: Load, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    model = attached(load(quantization), tiny_tokenizer, "both")
+    assert form_of(model).name == "both"
+    assert train_by_hand(model) == set(adapted_layers(model))
+    folder = forgetless.export(model, tmp_path / "out", target="vllm")
+    again = PeftModel.from_pretrained(load(quantization), folder)
+    assert again.peft_config["default"].r == 8
+    assert torch.allclose(logits(again), logits(model), atol=1e-4)
+    for name, layer in adapted_layers(again).items():
+        a_RD, b_OR = factors(adapted_layers(model)[name])
+        found_RD, found_OR = factors(layer)
+        torch.testing.assert_close(found_OR @ found_RD, b_OR @ a_RD)
+
+
+@needed("torchao-int8")
+def test_both_is_refused_before_calibration_where_a_merge_would_lose_it(
+    load: Load, tiny_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = load("torchao-int8")
+    modules = [type(m) for m in base.modules()]
+    monkeypatch.setattr("forgetless.adapters.attach.load_rows", None)
+    with pytest.raises(AdapterError, match=r"TorchaoLoraLinear.*trains: a or trains: b"):
+        attached(base, tiny_tokenizer, "both")
+    assert [type(m) for m in base.modules()] == modules
+    assert not hasattr(base, "peft_config")
+
+
+@pytest.mark.parametrize("quantization", cells(trainer="transformers Trainer"))
+def test_a_plain_trainer_trains_with_evaluations_in_between(
+    quantization: str, load: Load, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    rows = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in IDS.repeat(4, 1)]
+    data = Dataset.from_list(rows)
+    model = attached(load(quantization), tiny_tokenizer)
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=4,
+            eval_steps=1,
+            eval_strategy="steps",
+            learning_rate=5e-3,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            save_strategy="no",
+        ),
+        train_dataset=data,
+        eval_dataset=data,
+    )
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert losses[-1] < losses[0]
+    moved = [layer.lora_B["default"].weight.any() for layer in adapted_layers(model).values()]
+    assert all(moved)
+
+
+@pytest.mark.parametrize("quantization", cells(trainer="TRL SFTTrainer"))
+@pytest.mark.parametrize("started", ["attach", "initialize"])
+def test_sft_trainer_casts_one_side_and_the_adapter_still_computes(
+    quantization: str,
+    started: str,
+    load: Load,
+    tiny_tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+) -> None:
+    from trl import SFTConfig, SFTTrainer
+
+    base = load(quantization, "bfloat16")
+    model = attached(base, tiny_tokenizer) if started == "attach" else base
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            output_dir=str(tmp_path),
+            max_steps=2,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            save_strategy="no",
+            learning_rate=5e-3,
+        ),
+        train_dataset=Dataset.from_list([{"text": text} for text in TRAIN]),
+        processing_class=tiny_tokenizer,
+        peft_config=None if started == "attach" else LoraConfig(r=4, target_modules="all-linear"),
+    )
+    if started == "initialize":
+        model = forgetless.initialize(
+            trainer, method={"name": "lora-null", "trains": "b"}, preserve_data=TEXTS
+        )
+    trainer.train()
+    layers = adapted_layers(model)
+    assert all(layer.lora_B["default"].weight.any() for layer in layers.values())
+    assert all(not layer.lora_A["default"].weight.requires_grad for layer in layers.values())
+    assert torch.isfinite(logits(model)).all()
+
+
+@pytest.mark.parametrize("quantization", cells())
+def test_evaluation_measures_against_the_quantised_base(
+    quantization: str, load: Load, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model = attached(load(quantization), tiny_tokenizer)
+    at_start = forgetless.evaluate(model, tiny_tokenizer, retention=[TEXTS[:4]])
+    assert at_start.items[0].metrics["kl"].tuned.mean == 0
+    assert train_by_hand(model) == set(adapted_layers(model))  # also after an evaluation
+    report = forgetless.evaluate(model, tiny_tokenizer, retention=[TEXTS[:4]])
+    assert report.items[0].metrics["kl"].tuned.mean > 0
+    assert report.movement is not None
+    sizes = measure_weights(model)
+    for name, target in find_targets(load(quantization)).targets.items():
+        a_RD, b_OR = factors(adapted_layers(model)[name])
+        weight_OD = target.weight_OD()
+        expected = float((b_OR @ a_RD).norm() / weight_OD.norm())
+        assert report.movement.layers[name].relative_norm == pytest.approx(expected, rel=1e-4)
+        assert sizes[name].weight_norm == pytest.approx(float(weight_OD.norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("quantization", cells())
+def test_moments_of_the_cache_belong_to_one_quantisation(
+    quantization: str, load: Load, source: Path
+) -> None:
+    found = {model_fingerprint(load(name)) for name in ("none", quantization)}
+    assert len(found) == 2
+    base = load(quantization)
+    before = model_fingerprint(base)
+    logits(base)
+    assert model_fingerprint(base) == before
+    assert unquantized_fingerprint(base) == unquantized_fingerprint(load("none", "bfloat16"))
+    layer = base.model.layers[0].mlp.up_proj
+    scales = [t for k, t in layer.state_dict().items() if k.endswith(("absmax", "SCB"))]
+    scale = scales[0] if scales else layer.weight.scale
+    scale.mul_(2)
+    assert model_fingerprint(base) != before
+
+
+@pytest.mark.parametrize("quantization", cells())
+def test_an_export_of_a_quantised_base_is_refused_on_another_model(
+    quantization: str,
+    load: Load,
+    make_tiny_model: Callable[..., PreTrainedModel],
+    tiny_tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+) -> None:
+    folder = forgetless.export(attached(load(quantization), tiny_tokenizer), tmp_path / "out")
+    other = make_tiny_model(1, hidden_size=128, intermediate_size=192, attention_bias=True)
+    with pytest.raises(AdapterError, match="expected its own base"):
+        load_adapter(other, folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ForgetlessWarning)
+        load_adapter(load(quantization, "bfloat16"), folder)
+
+
+@pytest.mark.parametrize("quantization", cells())
+def test_a_merge_into_a_quantised_base_is_refused_with_the_remedy(
+    quantization: str, load: Load, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    model = attached(load(quantization), tiny_tokenizer)
+    with pytest.raises(AdapterError, match=rf"{NAMES[quantization]}.*full-precision base"):
+        forgetless.export(model, tmp_path / "out", target="merged")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("quantization", cells())
+def test_a_checkpoint_that_is_quantised_already_loads_as_it_is(
+    quantization: str, load: Load, save_model: Callable[..., Path]
+) -> None:
+    base = load(quantization)
+    expected = logits(base)
+    folder = save_model(base, "saved")
+    loaded = load_model(str(folder), dtype="float32", device="cpu")
+    assert loaded.quantization == NAMES[quantization]
+    assert torch.equal(logits(loaded.model), expected)
+    with pytest.raises(ModelError, match=f"quantised already .{NAMES[quantization]}"):
+        load_model(str(folder), device="cpu", quantization=quantization)
+
+
+@needed("nf4")
+def test_a_4_bit_base_that_was_repacked_before_is_laid_out_again(
+    load: Load, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    import bitsandbytes
+
+    if not bitsandbytes.functional.has_avx512bf16():
+        pytest.skip("bitsandbytes repacks on CPUs with AVX512-BF16 only")
+    exact = load("nf4")
+    weights = {n: t.weight_OD() for n, t in find_targets(exact).targets.items()}
+    base = load("nf4")
+    for module in base.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = True
+    logits(base)
+    assert vars(base.model.layers[0].mlp.up_proj.weight.quant_state)["packing_format_for_cpu"]
+    model = attached(base, tiny_tokenizer)
+    for name, target in find_targets(model).targets.items():
+        # bitsandbytes has rounded the scales to bfloat16: 2^-9 of each.
+        torch.testing.assert_close(target.weight_OD(), weights[name], rtol=2**-8, atol=0)
+    assert train_by_hand(model) == set(adapted_layers(model))
+
+
+def test_a_quantisation_that_is_not_there_is_named(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ModelError, match="expected none, nf4, int8, torchao-int8, got 'nf5'"):
+        load_model(str(source), device="cpu", quantization="nf5")
+    monkeypatch.setattr("forgetless.models.quantization.find_spec", lambda _: None)
+    with pytest.raises(ModelError, match=r"needs the package bitsandbytes.*forgetless\[quantized"):
+        load_model(str(source), device="cpu", quantization="nf4")
+
+
+class Coded(nn.Module):
+    """A layer of no known library: codes, one scale, and no `weight`."""
+
+    def __init__(self, dense: nn.Linear, curved: bool = False) -> None:
+        super().__init__()
+        self.in_features, self.out_features = dense.in_features, dense.out_features
+        self.scale = float(dense.weight.abs().max()) / 127
+        self.curved = curved
+        self.register_buffer("codes", (dense.weight / self.scale).round().to(torch.int8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x @ (self.codes.float() * self.scale).T + 0.5
+        return y.relu() if self.curved else y
+
+
+def test_a_quantised_layer_of_an_unknown_library_is_a_target_and_refused_where_peft_has_no_lora(
+    tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    mlp = tiny_model.model.layers[1].mlp
+    mlp.up_proj = Coded(mlp.up_proj)
+    target = find_targets(tiny_model).targets["model.layers.1.mlp.up_proj"]
+    expected = mlp.up_proj.codes.float() * mlp.up_proj.scale
+    torch.testing.assert_close(target.weight_OD(), expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(AdapterError, match=r"PEFT has a LoRA for, got model.layers.1.mlp.up_proj"):
+        attached(tiny_model, tiny_tokenizer)
+    mlp.up_proj = Coded(nn.Linear(32, 64), curved=True)
+    with pytest.raises(ModelError, match="leave it out of targets"):
+        find_targets(tiny_model).targets["model.layers.1.mlp.up_proj"].weight_OD()
+
+
+class Recorder(LoraVariant):
+    """Says that it was called."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def supports_lora_conversion(self) -> bool:
+        return False
+
+    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Any:  # type: ignore[override]
+        self.calls.append("forward")
+        return result
+
+    def merge_safe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
+        self.calls.append("merge")
+        return orig_weight
+
+    def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> None:  # type: ignore[override]
+        self.calls.append("merge")
+
+
+def calls_of(layer: LoraLayer, width: int) -> set[str]:
+    """What PEFT's layer calls of its variant, in a forward pass and in a merge."""
+    recorder = Recorder()
+    layer.lora_variant["default"] = recorder
+    layer.eval()
+    with torch.no_grad():
+        layer(torch.ones(1, 2, width))
+        if type(layer).merge is not BaseTunerLayer.merge:
+            layer.merge()
+    return set(recorder.calls)
+
+
+@pytest.mark.parametrize(
+    "quantization", [pytest.param("none", id="none"), *cells()]
+)
+def test_what_is_read_off_pefts_layers_is_what_they_do(quantization: str, load: Load) -> None:
+    config = LoraConfig(r=2, target_modules=["up_proj"])
+    model = get_peft_model(load(quantization), config)
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    accepted = quantization != "torchao-int8"
+    if accepted:
+        BothVariant.refuse_layer(layer, "default")
+    else:
+        with pytest.raises(AdapterError, match="merges without calling the variant"):
+            BothVariant.refuse_layer(layer, "default")
+    assert calls_of(layer, 128) == ({"forward", "merge"} if accepted else {"forward"})
+
+
+def test_layers_of_peft_that_never_look_at_variants_are_told_apart() -> None:
+    """AWQ's layer needs no AWQ to be made; those of AQLM, EETQ and others are alike."""
+    from peft.tuners.lora.awq import AwqLoraLinear
+
+    layer = AwqLoraLinear(nn.Linear(8, 8), "default", config=LoraConfig(r=2), r=2, lora_alpha=2)
+    with pytest.raises(AdapterError, match=r"never calls a variant.*trains: a or trains: b"):
+        BothVariant.refuse_layer(layer, "default")
+    assert calls_of(layer, 8) == set()
+
+
+@pytest.mark.parametrize("module", ["aqlm", "eetq", "te", "tp_layer"])
+def test_no_other_layer_of_peft_reads_its_variants(module: str) -> None:
+    """In the text of PEFT's modules: their classes need libraries that are not here."""
+    path = Path(importlib.util.find_spec(f"peft.tuners.lora.{module}").origin)  # type: ignore
+    text = path.read_text(encoding="utf-8")
+    forward = text[text.index("def forward") :]
+    assert "lora_variant" not in forward
+
+
+def test_gptqs_layer_calls_its_variant_in_forward_and_refuses_to_merge() -> None:
+    from peft.tuners.lora.gptq import GPTQLoraLinear
+
+    layer = GPTQLoraLinear(nn.Linear(8, 8), "default", config=LoraConfig(r=2), r=2, lora_alpha=2)
+    BothVariant.refuse_layer(layer, "default")
+    assert calls_of(layer, 8) == {"forward"}
+    with pytest.raises(NotImplementedError):
+        layer.merge()
