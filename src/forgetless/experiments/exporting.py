@@ -115,9 +115,7 @@ def export_folder(
     with libraries_quiet(), warnings_heard(heard.warn):
         with heard.phase("load"):
             # In float32, so that the comparison shows errors of the export and not rounding.
-            loaded = load_model(
-                name, dtype="float32", revision=revision, quantization=quantization
-            )
+            loaded = load_model(name, dtype="float32", revision=revision, quantization=quantization)
             peft_model = load_adapter(loaded.model, folder)
             refuse_what_plain_lora_cannot_hold(peft_model)
         job = ExportJob(

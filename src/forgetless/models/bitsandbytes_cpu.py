@@ -1,14 +1,15 @@
 """Hold 4-bit weights of bitsandbytes in the one layout that is exact and lets gradients through.
 
-On CPUs with AVX512-BF16, `Linear4bit` repacks its weight in the first forward pass in eval mode. The
-packed layout rounds the scales of the blocks to bfloat16, so that the base is no longer what it was;
-its kernel has no backward, so that after one evaluation no gradient reaches the layers below; and
-the way back, taken by `state_dict()`, leaves the scales transposed. (bitsandbytes 0.50.2.)
+On CPUs with AVX512-BF16, `Linear4bit` repacks its weight in the first forward pass in eval mode.
+The packed layout rounds the scales of the blocks to bfloat16, so that the base is no longer what it
+was; its kernel has no backward, so that after one evaluation no gradient reaches the layers below;
+and the way back, taken by `state_dict()`, leaves the scales transposed. (bitsandbytes 0.50.2.)
 """
 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from torch import nn
 
@@ -23,11 +24,11 @@ def keep_trainable_layout(model: nn.Module) -> None:
         return
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False
             _unpack(bitsandbytes, module)
 
 
-def _unpack(bitsandbytes: object, layer: nn.Module) -> None:
+def _unpack(bitsandbytes: Any, layer: Any) -> None:
+    layer.support_avx512bf16_for_cpu = False
     weight = layer.weight
     state = weight.quant_state
     if state is None or not vars(state).get("packing_format_for_cpu", False):

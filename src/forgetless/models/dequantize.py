@@ -1,14 +1,16 @@
-"""The dense weight that a linear layer computes with, however it is stored; the layer is left alone.
+"""The dense weight that a linear layer computes with, however it is stored.
 
 By what a layer can do and not by its type: a float weight, a tensor or a module that dequantises
 itself, bitsandbytes' codes and scales; what is left tells its weight by what it does to unit
-vectors. (`peft.utils.integrations.dequantize_module_weight` loses the scales of an int8 layer on a
-CPU.)
+vectors. The layer goes on to compute the same: PEFT's own `dequantize_module_weight` loses the
+scales of an int8 layer on a CPU.
 """
 
 # Shape letters in this file: O = layer output width, D = layer input width, N = unit vectors.
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ AT_ONCE = 1024  # unit vectors in a forward pass
 LINEARITY = 2e-2  # what 16-bit kernels may round
 
 
-def dense_weight(name: str, module: nn.Module) -> Tensor:
+def dense_weight(name: str, module: Any) -> Tensor:
     """The weight, (O, D) but for Conv1D's (D, O), in the dtype that the layer dequantises to.
 
     Raises:
@@ -42,14 +44,14 @@ def dense_weight(name: str, module: nn.Module) -> Tensor:
     return weight.detach() if weight.dtype in DENSE else _by_unit_vectors(name, module)
 
 
-def _bitsandbytes_4bit(module: nn.Module) -> Tensor:
+def _bitsandbytes_4bit(module: Any) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
     keep_trainable_layout(module)  # bitsandbytes reads a repacked weight as if it were not
     return dequantize_4bit(module.weight.detach(), module.weight.quant_state)
 
 
-def _bitsandbytes_8bit(module: nn.Module) -> Tensor:
+def _bitsandbytes_8bit(module: Any) -> Tensor:
     """Codes times the scale of their row, wherever the layer keeps that after a forward pass."""
     state = module.state_dict()
     if "SCB" not in state:  # has_fp16_weights: not quantised
@@ -57,7 +59,7 @@ def _bitsandbytes_8bit(module: nn.Module) -> Tensor:
     return state["weight"].float() * (state["SCB"].float() / 127.0)[:, None]
 
 
-def _by_unit_vectors(name: str, module: nn.Module) -> Tensor:
+def _by_unit_vectors(name: str, module: Any) -> Tensor:
     """Rows of the identity through the layer, less what it makes of 0, its bias."""
     like = next((t for t in _tensors(module) if t.dtype in DENSE), None)  # scales or a bias
     device = next(iter(_tensors(module))).device

@@ -176,9 +176,10 @@ def _widths(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, Conv1D):
         return int(module.nx), int(module.nf)
     # GPTQ, HQQ, AWQ and others derive from nn.Module: known by widths and a weight in codes.
-    widths = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if all(isinstance(width, int) for width in widths) and is_quantized(module):
-        return widths
+    found = [getattr(module, name, None) for name in ("in_features", "out_features")]
+    widths = [width for width in found if isinstance(width, int)]
+    if len(widths) == 2 and is_quantized(module):
+        return widths[0], widths[1]
     return None
 
 
