@@ -146,6 +146,9 @@ def _as_values(kind: type[Method]) -> dict[str, Any]:
     }
 
 
+_WORDS = {"None": "none", "True": "true", "False": "false"}  # as YAML writes them
+
+
 def _options(kind: type[Method]) -> str:
     """Every option with the values it may take and its default: `trains: b | both (b)`."""
     import dataclasses
@@ -155,7 +158,7 @@ def _options(kind: type[Method]) -> str:
     words = []
     for field in dataclasses.fields(kind):
         values = _values(types[field.name])
-        default = "none" if field.default is None else field.default
+        default = _WORDS.get(str(field.default), field.default)
         words.append(f"{field.name}: {values} ({default})".replace(" ", TOGETHER))
     return ", ".join(words)
 
@@ -164,7 +167,12 @@ def _values(declared: object) -> str:
     """A type in a reader's words."""
     import typing
 
-    names: dict[object, str] = {int: "whole number", float: "number", type(None): "none"}
+    names: dict[object, str] = {
+        int: "whole number",
+        float: "number",
+        bool: "true | false",
+        type(None): "none",
+    }
     arguments = typing.get_args(declared)
     if typing.get_origin(declared) is typing.Literal:
         return " | ".join(map(str, arguments))

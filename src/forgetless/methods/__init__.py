@@ -6,19 +6,39 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from forgetless.errors import MethodError
+from forgetless.methods.astra import Astra
 from forgetless.methods.base import Method
+from forgetless.methods.contrastive import ContrastiveBasis
+from forgetless.methods.corda import CorDA
+from forgetless.methods.eva import EVA
 from forgetless.methods.lora import LoRA, LoRAWeightDecay
 from forgetless.methods.lora_null import LoRANull
+from forgetless.methods.mica import MiCA
+from forgetless.methods.milora import MiLoRA
+from forgetless.methods.olora import OLoRA
+from forgetless.methods.pissa import PiSSA
 from forgetless.methods.sc_lora import SCLoRA
 
 METHODS: dict[str, type[Method]] = {
-    LoRA.name: LoRA,
-    LoRAWeightDecay.name: LoRAWeightDecay,
-    LoRANull.name: LoRANull,
-    SCLoRA.name: SCLoRA,
+    kind.name: kind
+    for kind in (
+        LoRA,
+        LoRAWeightDecay,
+        LoRANull,
+        SCLoRA,
+        PiSSA,
+        MiLoRA,
+        OLoRA,
+        CorDA,
+        EVA,
+        MiCA,
+        Astra,
+        ContrastiveBasis,
+    )
 }
 
 MethodInput = str | Mapping[str, Any] | Method
@@ -48,14 +68,15 @@ def make_method(method: MethodInput, rank: int | None = None) -> Method:
     if rank is not None and options.setdefault("rank", rank) != rank:
         raise MethodError(f"rank: given twice, as {options['rank']} and as {rank}; give it once")
     kind = METHODS[name]
-    known = {field.name: field.type for field in fields(kind)}
+    known = get_type_hints(kind)
+    known = {field.name: known[field.name] for field in fields(kind)}
     for key, value in options.items():
         if key not in known:
             raise MethodError(
                 f"method {name}: unknown option {key!r}{_nearest(key, known)}; "
                 f"known: {', '.join(known)}"
             )
-        _check_type(name, key, value, str(known[key]))
+        _check_type(name, key, value, known[key])
     return kind(**options)
 
 
@@ -64,16 +85,29 @@ def method_options(method: Method) -> dict[str, Any]:
     return {"name": method.name} | {f.name: getattr(method, f.name) for f in fields(method)}
 
 
-def _check_type(method: str, key: str, value: object, declared: str) -> None:
+def _check_type(method: str, key: str, value: object, declared: Any) -> None:
     """Numbers where numbers belong: YAML reads `1e-3x` as text."""
-    expected: tuple[type, ...] = {"int": (int,), "float": (int, float)}.get(declared, (object,))
-    if declared == "float | None":
-        expected = (int, float, type(None))
-    if not isinstance(value, expected) or (isinstance(value, bool) and expected != (object,)):
-        kind = "a whole number" if declared == "int" else "a number"
-        raise MethodError(f"method {method}: {key}: expected {kind}, got {value!r}")
+    kinds = get_args(declared) if get_origin(declared) in (Union, UnionType) else (declared,)
+    if not any(_is(value, kind) for kind in kinds):
+        expected = " or ".join(words for kind in kinds if (words := _in_words(kind)))
+        raise MethodError(f"method {method}: {key}: expected {expected}, got {value!r}")
     if isinstance(value, float) and not math.isfinite(value):
         raise MethodError(f"method {method}: {key}: expected a finite number, got {value}")
+
+
+def _is(value: object, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _in_words(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return " or ".join(map(str, get_args(kind)))
+    names = {int: "a whole number", float: "a number", bool: "true or false"}
+    return names.get(kind, "")
 
 
 def _nearest(name: object, known: Mapping[str, object]) -> str:
