@@ -7,16 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from run_setup import recipe_of, write_data
 from transformers import PreTrainedModel
 
 from forgetless.adapters.stored import read_stored
-from forgetless.errors import AdapterError, ForgetlessWarning
+from forgetless.errors import AdapterError
 from forgetless.experiments.exporting import export_folder
 from forgetless.experiments.measure_adapter import measure_adapter
 from forgetless.experiments.progress import Progress
 from forgetless.experiments.record import load_record
 from forgetless.experiments.run import run
-from run_setup import recipe_of, write_data
 
 CELL = {"base": "Llama", "trainer": "forgetless run", "export": "peft"}
 
