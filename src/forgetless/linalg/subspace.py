@@ -70,6 +70,24 @@ def top_basis(moment_DD: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return vectors_DD[:, -rank:].flip(1).contiguous(), values_D[-rank:].flip(0)
 
 
+def leading_basis(moment_DD: Tensor, energy: float) -> Tensor:
+    """Orthonormal basis (D, K) of the fewest leading directions that hold a share of the energy.
+
+    Args:
+        moment_DD: E[x xᵀ], symmetric, activation².
+        energy: The share, above 0 and below 1. K is 0 for a moment of zeros.
+    """
+    with full_precision():
+        values_D, vectors_DD = torch.linalg.eigh(moment_DD)
+    values_D = values_D.clamp_min(0).flip(0)
+    total = float(values_D.sum())
+    if total == 0.0:
+        return moment_DD.new_zeros(moment_DD.shape[0], 0)
+    count = int((values_D.cumsum(0) < energy * total).sum()) + 1
+    basis_DK: Tensor = vectors_DD.flip(1)[:, :count].contiguous()
+    return basis_DK
+
+
 @dataclass(frozen=True, slots=True)
 class ContrastBasis:
     """Top-R eigenvectors of W S Wᵀ for a symmetric, possibly indefinite S.

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
-import math
 from collections.abc import Mapping
-from dataclasses import fields
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from forgetless.errors import MethodError
 from forgetless.methods.astra import Astra
@@ -22,6 +18,7 @@ from forgetless.methods.milora import MiLoRA
 from forgetless.methods.olora import OLoRA
 from forgetless.methods.pissa import PiSSA
 from forgetless.methods.sc_lora import SCLoRA
+from forgetless.named import make_named, options_of
 
 METHODS: dict[str, type[Method]] = {
     kind.name: kind
@@ -60,56 +57,11 @@ def make_method(method: MethodInput, rank: int | None = None) -> Method:
             raise MethodError(f"rank: expected {method.rank} as in the method given, got {rank!r}")
         return method
     options: dict[str, Any] = {"name": method} if isinstance(method, str) else dict(method)
-    name = options.pop("name", None)
-    if not isinstance(name, str) or name not in METHODS:
-        raise MethodError(
-            f"method: expected one of {', '.join(METHODS)}, got {name!r}{_nearest(name, METHODS)}"
-        )
     if rank is not None and options.setdefault("rank", rank) != rank:
         raise MethodError(f"rank: given twice, as {options['rank']} and as {rank}; give it once")
-    kind = METHODS[name]
-    known = get_type_hints(kind)
-    known = {field.name: known[field.name] for field in fields(kind)}
-    for key, value in options.items():
-        if key not in known:
-            raise MethodError(
-                f"method {name}: unknown option {key!r}{_nearest(key, known)}; "
-                f"known: {', '.join(known)}"
-            )
-        _check_type(name, key, value, known[key])
-    return kind(**options)
+    return make_named(options, METHODS, what="method", error=MethodError)
 
 
 def method_options(method: Method) -> dict[str, Any]:
     """Name and all options, as `make_method` takes them."""
-    return {"name": method.name} | {f.name: getattr(method, f.name) for f in fields(method)}
-
-
-def _check_type(method: str, key: str, value: object, declared: Any) -> None:
-    """Numbers where numbers belong: YAML reads `1e-3x` as text."""
-    kinds = get_args(declared) if get_origin(declared) in (Union, UnionType) else (declared,)
-    if not any(_is(value, kind) for kind in kinds):
-        expected = " or ".join(words for kind in kinds if (words := _in_words(kind)))
-        raise MethodError(f"method {method}: {key}: expected {expected}, got {value!r}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise MethodError(f"method {method}: {key}: expected a finite number, got {value}")
-
-
-def _is(value: object, kind: Any) -> bool:
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    if kind in (int, float):
-        return isinstance(value, (int, kind)) and not isinstance(value, bool)
-    return isinstance(value, kind)
-
-
-def _in_words(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return " or ".join(map(str, get_args(kind)))
-    names = {int: "a whole number", float: "a number", bool: "true or false"}
-    return names.get(kind, "")
-
-
-def _nearest(name: object, known: Mapping[str, object]) -> str:
-    near = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    return options_of(method)
