@@ -25,7 +25,6 @@ from forgetless.errors import ForgetlessError, RecipeError
 from forgetless.evaluation.items import EvaluationItem
 from forgetless.evaluation.parse import parse_items
 from forgetless.methods import make_method
-from forgetless.models.quantization import Quantization
 from forgetless.recipe_yaml import apply_override, quoting_hint, read_yaml
 from forgetless.training.regularisers import make_regularisers
 
@@ -180,7 +179,7 @@ class Recipe(_Part):
     revision: str | None = None
     trust_remote_code: bool = False
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    quantization: Quantization = "none"
+    quantization: Literal["none", "nf4", "int8", "torchao-int8"] = "none"
     device: str = "auto"
     method: dict[str, Any]
     train_data: Annotated[list[DataSpec], _parse_named("train_data")] = Field(min_length=1)

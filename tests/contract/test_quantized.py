@@ -11,10 +11,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import LoraVariant
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
@@ -22,23 +19,17 @@ import forgetless
 from forgetless.adapters.forms import adapted_layers, factors, form_of
 from forgetless.adapters.load import load_adapter
 from forgetless.adapters.round_trip import check_round_trip
-from forgetless.adapters.variant import BothVariant
 from forgetless.errors import AdapterError, ForgetlessWarning, ModelError
 from forgetless.evaluation.weight_movement import measure_weights
 from forgetless.models.fingerprint import model_fingerprint, unquantized_fingerprint
 from forgetless.models.load import load_model
 from forgetless.models.quantization import QUANTIZERS
 from forgetless.models.targets import find_targets
-from gptq_layers import gptq_base
+from quantized_bases import NAMES, cells, gptq_base, independent_weight, needed
 
 TEXTS = [f"The capital of country {i} is city {i * 7 % 13}, and it rains there." for i in range(60)]
 TRAIN = [f"Question: {i} apples and {i} apples? Answer: {2 * i} apples." for i in range(40)]
 IDS = torch.arange(5, 29).reshape(2, 12)
-NAMES = {
-    "nf4": "bitsandbytes nf4",
-    "int8": "bitsandbytes int8",
-    "torchao-int8": "torchao int8",
-}
 # What neighbouring codes are apart, as a share of the weights' norm: 4 bits and 8 bits.
 ERROR = {"nf4": (0.05, 0.15), "int8": (0.003, 0.012), "torchao-int8": (0.003, 0.012)}
 CALLING = [name for name in QUANTIZERS if name != "torchao-int8"]
@@ -47,27 +38,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:(bitsandbytes|torchao|peft|torch).*"),
     pytest.mark.filterwarnings("ignore::forgetless.errors.ForgetlessWarning"),
 ]
-
-
-def needed(name: str) -> Any:
-    """Skips where the package of a quantisation is not installed."""
-    package = QUANTIZERS[name].package
-    missing = importlib.util.find_spec(package) is None
-    return pytest.mark.skipif(missing, reason=f"needs {package}: forgetless[quantized]")
-
-
-def cells(names: Any = tuple(QUANTIZERS), **more: str) -> list[Any]:
-    return [
-        pytest.param(
-            name,
-            id=name,
-            marks=[
-                needed(name),
-                pytest.mark.compatibility(base="Llama", quantization=NAMES[name], **more),
-            ],
-        )
-        for name in names
-    ]
 
 
 @pytest.fixture
@@ -130,31 +100,6 @@ def train_by_hand(model: PeftModel, steps: int = 2) -> set[str]:
         optimizer.step()
         optimizer.zero_grad()
     return touched
-
-
-def independent_weight(quantization: str, weight_OD: Tensor) -> Tensor:
-    """Quantised and dequantised by the text of the formats, in float64."""
-    weight = weight_OD.double()
-    if quantization == "int8":  # symmetric, a scale a row
-        scale = weight.abs().amax(1, keepdim=True) / 127
-        return (weight / scale).round() * scale
-    if quantization == "torchao-int8":  # the same, over 255 / 2
-        scale = weight.abs().amax(1, keepdim=True) / 127.5
-        return (weight / scale).round().clamp(-128, 127) * scale
-    # NF4: QLoRA, arXiv:2305.14314, App. E: 16 levels, blocks of 64 in the order of memory.
-    levels = torch.tensor(
-        [
-            -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-            -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-            0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-            0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-        ],
-        dtype=torch.float64,
-    )  # fmt: skip
-    blocks = weight.reshape(-1, 64)
-    absmax = blocks.abs().amax(1, keepdim=True)
-    nearest = (blocks / absmax)[..., None].sub(levels).abs().argmin(-1)
-    return (levels[nearest] * absmax).reshape(weight.shape)
 
 
 @pytest.mark.parametrize("quantization", cells())
@@ -454,112 +399,6 @@ def test_a_quantisation_that_is_not_there_is_named(
     monkeypatch.setattr("forgetless.models.quantization.find_spec", lambda _: None)
     with pytest.raises(ModelError, match=r"needs the package bitsandbytes.*forgetless\[quantized"):
         load_model(str(source), device="cpu", quantization="nf4")
-
-
-class Coded(nn.Module):
-    """A layer of no known library: codes, one scale, and no `weight`."""
-
-    def __init__(self, dense: nn.Linear, curved: bool = False) -> None:
-        super().__init__()
-        self.in_features, self.out_features = dense.in_features, dense.out_features
-        self.scale = float(dense.weight.abs().max()) / 127
-        self.curved = curved
-        self.register_buffer("codes", (dense.weight / self.scale).round().to(torch.int8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = x @ (self.codes.float() * self.scale).T + 0.5
-        return y.relu() if self.curved else y
-
-
-def test_a_quantised_layer_of_an_unknown_library_is_a_target_and_refused_where_peft_has_no_lora(
-    tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
-) -> None:
-    mlp = tiny_model.model.layers[1].mlp
-    mlp.up_proj = Coded(mlp.up_proj)
-    target = find_targets(tiny_model).targets["model.layers.1.mlp.up_proj"]
-    expected = mlp.up_proj.codes.float() * mlp.up_proj.scale
-    torch.testing.assert_close(target.weight_OD(), expected, rtol=1e-5, atol=1e-6)
-    with pytest.raises(AdapterError, match=r"PEFT has a LoRA for, got model.layers.1.mlp.up_proj"):
-        attached(tiny_model, tiny_tokenizer)
-    mlp.up_proj = Coded(nn.Linear(32, 64), curved=True)
-    with pytest.raises(ModelError, match="leave it out of targets"):
-        find_targets(tiny_model).targets["model.layers.1.mlp.up_proj"].weight_OD()
-
-
-class Recorder(LoraVariant):
-    """Says that it was called."""
-
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-
-    def supports_lora_conversion(self) -> bool:
-        return False
-
-    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Any:  # type: ignore[override]
-        self.calls.append("forward")
-        return result
-
-    def merge_safe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
-        self.calls.append("merge")
-        return orig_weight
-
-    def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> None:  # type: ignore[override]
-        self.calls.append("merge")
-
-
-def calls_of(layer: LoraLayer, width: int) -> set[str]:
-    """What PEFT's layer calls of its variant, in a forward pass and in a merge."""
-    recorder = Recorder()
-    layer.lora_variant["default"] = recorder
-    layer.eval()
-    with torch.no_grad():
-        layer(torch.ones(1, 2, width))
-        if type(layer).merge is not BaseTunerLayer.merge:
-            layer.merge()
-    return set(recorder.calls)
-
-
-@pytest.mark.parametrize("quantization", [pytest.param("none", id="none"), *cells()])
-def test_what_is_read_off_pefts_layers_is_what_they_do(quantization: str, load: Load) -> None:
-    config = LoraConfig(r=2, target_modules=["up_proj"])
-    model = get_peft_model(load(quantization), config)
-    layer = model.base_model.model.model.layers[0].mlp.up_proj
-    accepted = quantization != "torchao-int8"
-    if accepted:
-        BothVariant.refuse_layer(layer, "default")
-    else:
-        with pytest.raises(AdapterError, match="merges without calling the variant"):
-            BothVariant.refuse_layer(layer, "default")
-    assert calls_of(layer, 128) == ({"forward", "merge"} if accepted else {"forward"})
-
-
-def test_layers_of_peft_that_never_look_at_variants_are_told_apart() -> None:
-    """AWQ's layer needs no AWQ to be made; those of AQLM, EETQ and others are alike."""
-    from peft.tuners.lora.awq import AwqLoraLinear
-
-    layer = AwqLoraLinear(nn.Linear(8, 8), "default", config=LoraConfig(r=2), r=2, lora_alpha=2)
-    with pytest.raises(AdapterError, match=r"never calls a variant.*trains: a or trains: b"):
-        BothVariant.refuse_layer(layer, "default")
-    assert calls_of(layer, 8) == set()
-
-
-@pytest.mark.parametrize("module", ["aqlm", "eetq", "te", "tp_layer"])
-def test_no_other_layer_of_peft_reads_its_variants(module: str) -> None:
-    """In the text of PEFT's modules: their classes need libraries that are not here."""
-    path = Path(importlib.util.find_spec(f"peft.tuners.lora.{module}").origin)  # type: ignore
-    text = path.read_text(encoding="utf-8")
-    forward = text[text.index("def forward") :]
-    assert "lora_variant" not in forward
-
-
-def test_gptqs_layer_calls_its_variant_in_forward_and_refuses_to_merge() -> None:
-    from peft.tuners.lora.gptq import GPTQLoraLinear
-
-    layer = GPTQLoraLinear(nn.Linear(8, 8), "default", config=LoraConfig(r=2), r=2, lora_alpha=2)
-    BothVariant.refuse_layer(layer, "default")
-    assert calls_of(layer, 8) == {"forward"}
-    with pytest.raises(NotImplementedError):
-        layer.merge()
 
 
 @pytest.fixture

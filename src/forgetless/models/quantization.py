@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedConfig, TorchAoConfig
 
 from forgetless.errors import ModelError
 
-Quantization = Literal["none", "nf4", "int8", "torchao-int8"]
 EXTRA = "pip install 'forgetless[quantized]'"
 
 
