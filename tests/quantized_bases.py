@@ -1,4 +1,4 @@
-"""Quantised bases for tests: which can be made here, what their weights are by the formats' text."""
+"""Quantised bases for tests: which can be made here, and their weights by the formats' text."""
 
 from __future__ import annotations
 

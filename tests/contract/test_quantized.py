@@ -6,7 +6,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ from forgetless.models.fingerprint import model_fingerprint, unquantized_fingerp
 from forgetless.models.load import load_model
 from forgetless.models.quantization import QUANTIZERS
 from forgetless.models.targets import find_targets
+from forgetless.recipe import Recipe
 from quantized_bases import NAMES, cells, gptq_base, independent_weight, needed
 
 TEXTS = [f"The capital of country {i} is city {i * 7 % 13}, and it rains there." for i in range(60)]
@@ -389,6 +390,11 @@ def test_a_4_bit_base_that_was_repacked_before_is_laid_out_again(
         # bitsandbytes has rounded the scales to bfloat16: 2^-9 of each.
         torch.testing.assert_close(target.weight_OD(), weights[name], rtol=2**-8, atol=0)
     assert train_by_hand(model) == set(adapted_layers(model))
+
+
+def test_a_recipe_takes_every_quantisation_that_there_is() -> None:
+    names = Recipe.model_fields["quantization"].annotation
+    assert set(get_args(names)) == {"none", *QUANTIZERS}
 
 
 def test_a_quantisation_that_is_not_there_is_named(
