@@ -14,6 +14,7 @@ from forgetless.adapters.load import PEFT_ERRORS, first_line, removal
 from forgetless.adapters.variant import BothVariant
 from forgetless.errors import AdapterError
 from forgetless.methods.base import Method
+from forgetless.models.state import random_state_kept
 from forgetless.models.targets import Target, base_of
 
 PROBE = "forgetless-probe"
@@ -48,7 +49,8 @@ def _wrapped(model: nn.Module, target: Target) -> LoraLayer:
         r=1, target_modules=[target.name], fan_in_fan_out=isinstance(target.module, Conv1D)
     )
     try:
-        with warnings.catch_warnings(action="ignore"):  # heard when the adapter itself is made
+        # Warnings are heard when the adapter itself is made; PEFT draws its start at random.
+        with warnings.catch_warnings(action="ignore"), random_state_kept():
             if isinstance(model, PeftModel):
                 model.add_adapter(PROBE, config)
             else:
