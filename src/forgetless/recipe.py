@@ -76,6 +76,7 @@ class TrainingRecipe(_Part):
         validation_rows: Rows held out of the train data for a validation NLL.
         bf16: Train under bf16 autocast; where not given, where the hardware is fast at it and
             `dtype` does not ask for float32.
+        lora_plus_ratio: Rate of B over that of A (LoRA+); one rate for both where not given.
         regularisers: What else holds the model back while it trains: names, or mappings of a name
             and options, as `forgetless methods` lists them.
     """
@@ -95,6 +96,7 @@ class TrainingRecipe(_Part):
     report_to: tuple[str, ...] = ()
     validation_rows: int = Field(default=0, ge=0)
     bf16: bool | None = None
+    lora_plus_ratio: float | None = Field(default=None, gt=0)
     regularisers: list[dict[str, Any]] = []
 
     @field_validator("report_to", mode="before")

@@ -35,7 +35,7 @@ _MEASURING = frozenset({"evaluation", *SHOWING})
 # Keys that folders of earlier versions lack, by part, with what those versions did.
 _ADDED: Mapping[str | None, Mapping[str, Any]] = {
     None: {"quantization": "none"},
-    "training": {"regularisers": []},
+    "training": {"lora_plus_ratio": None, "regularisers": []},
 }
 _BANK_SECONDS = 5.0
 
