@@ -23,7 +23,7 @@ from forgetless.data.spec import DataSpec, parse_data
 from forgetless.data.validation import validated
 from forgetless.errors import ForgetlessError, RecipeError
 from forgetless.evaluation.items import EvaluationItem
-from forgetless.evaluation.lm_eval_spec import (
+from forgetless.evaluation.lm_eval.spec import (
     LmEvalRecipe,
     LmEvalTask,
     parse_lm_eval,

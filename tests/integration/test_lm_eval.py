@@ -23,7 +23,7 @@ lm_eval = pytest.importorskip("lm_eval", reason="the extra lm-eval is not instal
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from forgetless.evaluation.lm_eval_tasks import SHIPPED  # noqa: E402
+from forgetless.evaluation.lm_eval.tasks import SHIPPED  # noqa: E402
 
 OFFICIAL = Path(lm_eval.__file__).parent / "tasks"
 FACTS = [
@@ -188,8 +188,8 @@ def test_shipped_tasks_score_as_the_official_ones_on_the_same_rows(
 def test_a_right_answer_is_seen_by_the_shipped_tasks(tmp_path: Path) -> None:
     """On answers of the kind that models give; a tiny model gives none that are right."""
     data = write_rows(tmp_path / "rows.jsonl", SUMS)
-    from forgetless.evaluation.lm_eval_spec import LmEvalRecipe
-    from forgetless.evaluation.lm_eval_tasks import open_tasks
+    from forgetless.evaluation.lm_eval.spec import LmEvalRecipe
+    from forgetless.evaluation.lm_eval.tasks import open_tasks
 
     settings = LmEvalRecipe.model_validate(
         {"tasks": [{"task": "gsm8k_local", "data_files": data, "num_fewshot": 0}]}

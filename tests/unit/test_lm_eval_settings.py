@@ -11,8 +11,8 @@ import pytest
 
 from forgetless.data.validation import validated
 from forgetless.errors import RecipeError
-from forgetless.evaluation.lm_eval_metrics import measured_metric
-from forgetless.evaluation.lm_eval_spec import parse_lm_eval
+from forgetless.evaluation.lm_eval.metrics import measured_metric
+from forgetless.evaluation.lm_eval.spec import parse_lm_eval
 from forgetless.evaluation.results import ItemResult
 from forgetless.experiments.numbers import is_share, metric_name
 from forgetless.recipe import EvaluationRecipe, json_schema
@@ -138,7 +138,7 @@ def test_names_do_not_promise_what_a_metric_is_not() -> None:
 
 
 def test_shipped_tasks_have_no_code() -> None:
-    folder = Path(parse_lm_eval.__code__.co_filename).parent / "lm_tasks"
+    folder = Path(parse_lm_eval.__code__.co_filename).parent / "local_tasks"
     files = sorted(folder.iterdir())
     assert [f.name for f in files] == [
         "gsm8k_local.yaml", "nq_open_local.yaml", "webqs_local.yaml",

@@ -24,13 +24,13 @@ from forgetless.errors import AdapterError, ForgetlessWarning, ModelError, Recip
 from forgetless.evaluation.base_cache import BaseCache
 from forgetless.evaluation.items import EvaluationItem
 from forgetless.evaluation.likelihood import input_device
-from forgetless.evaluation.lm_eval_spec import (
+from forgetless.evaluation.lm_eval.spec import (
     LmEvalInput,
     LmEvalRecipe,
     parse_lm_eval,
     refuse_shared_names,
 )
-from forgetless.evaluation.lm_eval_tasks import OpenTask, open_tasks
+from forgetless.evaluation.lm_eval.tasks import OpenTask, open_tasks
 from forgetless.evaluation.loaded import LoadedItem, Progress, check_item
 from forgetless.evaluation.measure import measure_item
 from forgetless.evaluation.movement import measure_movement
@@ -137,7 +137,7 @@ def _task_results(
     if settings is None:
         return ()
     # It is an extra, and takes a second to import.
-    from forgetless.evaluation.lm_eval import measure_task
+    from forgetless.evaluation.lm_eval.measure import measure_task
 
     with random_state_kept():  # lm-eval draws a name for a task wherever it is asked for its own
         return tuple(

@@ -15,7 +15,7 @@ from forgetless.data.rows import RowSet
 from forgetless.data.spec import DataSpec
 from forgetless.errors import RecipeError
 from forgetless.evaluation.items import EvaluationItem
-from forgetless.evaluation.lm_eval_tasks import open_tasks, task_files
+from forgetless.evaluation.lm_eval.tasks import open_tasks, task_files
 from forgetless.methods.base import Method
 from forgetless.models.load import LoadedModel
 from forgetless.models.targets import find_targets

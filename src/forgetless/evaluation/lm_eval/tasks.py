@@ -19,18 +19,18 @@ from datasets.exceptions import DatasetsError
 from jinja2 import TemplateError
 
 from forgetless.errors import RecipeError
-from forgetless.evaluation.lm_eval_code import (
+from forgetless.evaluation.lm_eval.code import (
     refuse_running_answers,
     refuse_task_code,
     sandboxed_templates,
 )
-from forgetless.evaluation.lm_eval_spec import LmEvalRecipe, LmEvalTask
+from forgetless.evaluation.lm_eval.spec import LmEvalRecipe, LmEvalTask
 from forgetless.models.state import random_state_kept
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
-SHIPPED = Path(__file__).parent / "lm_tasks"
+SHIPPED = Path(__file__).parent / "local_tasks"
 _SPLITS = ("training_split", "validation_split", "test_split")
 
 

@@ -20,10 +20,10 @@ from transformers import PreTrainedTokenizerBase
 from forgetless.errors import ForgetlessWarning, RecipeError
 from forgetless.escaping import one_line
 from forgetless.evaluation.base_cache import BaseCache, TaskFigures
-from forgetless.evaluation.lm_eval_metrics import measured_metric
-from forgetless.evaluation.lm_eval_model import TaskPass, run_task
-from forgetless.evaluation.lm_eval_spec import LmEvalRecipe
-from forgetless.evaluation.lm_eval_tasks import OpenTask
+from forgetless.evaluation.lm_eval.metrics import measured_metric
+from forgetless.evaluation.lm_eval.passes import TaskPass, run_task
+from forgetless.evaluation.lm_eval.spec import LmEvalRecipe
+from forgetless.evaluation.lm_eval.tasks import OpenTask
 from forgetless.evaluation.loaded import Progress
 from forgetless.evaluation.pairing import Measured
 from forgetless.evaluation.results import ItemResult, Sample, TaskFacts

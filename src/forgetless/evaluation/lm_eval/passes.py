@@ -20,8 +20,8 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from forgetless.errors import RecipeError
-from forgetless.evaluation.lm_eval_code import sandboxed_templates
-from forgetless.evaluation.lm_eval_tasks import OpenTask, harness_quiet
+from forgetless.evaluation.lm_eval.code import sandboxed_templates
+from forgetless.evaluation.lm_eval.tasks import OpenTask, harness_quiet
 from forgetless.evaluation.loaded import Progress, Watch
 from forgetless.models.state import random_state_kept
 from forgetless.models.targets import base_of
