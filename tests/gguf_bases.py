@@ -94,3 +94,22 @@ def _as_llama_cpp(name: str, values: np.ndarray, model: PreTrainedModel) -> np.n
     if config.model_type == "gemma3_text" and name.endswith("norm.weight"):
         return values + 1
     return values
+
+
+def write_dequantised(source: Path, path: Path) -> Path:
+    """The same GGUF file with every tensor in float32: the weights that transformers loads."""
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(path, reader.get_field("general.architecture").contents())
+    for key, field in reader.fields.items():
+        if key.startswith("GGUF.") or key in {"general.architecture", "general.file_type"}:
+            continue
+        inner = field.types[-1] if len(field.types) > 1 else None
+        writer.add_key_value(key, field.contents(), field.types[0], sub_type=inner)
+    for entry in reader.tensors:
+        values = gguf.dequantize(entry.data, entry.tensor_type).astype(np.float32)
+        writer.add_tensor(entry.name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
