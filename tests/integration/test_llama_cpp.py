@@ -113,7 +113,6 @@ TINY_IDS = [5, 17, 300, 44, 9, 128, 77, 250]  # no longer than the sliding windo
 FAR = 0.5  # of logits up to 4: what another model would be
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_every_architecture_computes_the_same_in_the_engine(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
