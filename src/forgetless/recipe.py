@@ -159,6 +159,8 @@ class Recipe(_Part):
         revision: Commit or tag of a hub model.
         trust_remote_code: Whether code that comes with a model may run.
         dtype: Of the base model; `auto` is what the hardware is good at.
+        quantization: How to quantise the base's linear layers below the head while it is loaded;
+            `none` leaves the checkpoint as it is, which may be quantised already.
         device: Where it runs; `auto` is one GPU, else MPS, else the CPU.
         method: `name` and options, as `forgetless methods` lists them; a name alone will do.
         train_data: What to learn.
@@ -177,6 +179,7 @@ class Recipe(_Part):
     revision: str | None = None
     trust_remote_code: bool = False
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["none", "nf4", "int8", "torchao-int8"] = "none"
     device: str = "auto"
     method: dict[str, Any]
     train_data: Annotated[list[DataSpec], _parse_named("train_data")] = Field(min_length=1)

@@ -205,6 +205,12 @@ def export_adapter(
             help="Data like those that the adapter is used on: the cut loses least there.",
         ),
     ] = None,
+    quantization: Annotated[
+        str,
+        typer.Option(
+            metavar="nf4|int8|…", help="Quantise the base while it is loaded: less memory."
+        ),
+    ] = "none",
     merge: Annotated[bool, typer.Option("--merge", help="The same as --target merged.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -232,6 +238,7 @@ def export_adapter(
                 scale=scale,
                 max_rank=max_rank,
                 moments_data=moments_data,
+                quantization=quantization,
                 progress=progress,
             )
     if as_json:
