@@ -31,6 +31,7 @@ class MergedModel(ExportTarget):
 
     name = "merged"
     is_adapter = False
+    is_peft = False
 
     def write(self, job: ExportJob) -> torch.dtype:
         """The whole model, and the tokenizer where the job has one."""

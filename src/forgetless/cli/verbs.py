@@ -201,7 +201,7 @@ def export_adapter(
         str | None,
         typer.Option(
             help="peft (the default), vllm, sglang or tgi: an adapter that keeps the engine's "
-            "rules; merged: a whole model."
+            "rules; llama.cpp: one as GGUF; merged: a whole model."
         ),
     ] = None,
     scale: Annotated[float, typer.Option(help="Factor on the update.")] = 1.0,
@@ -228,7 +228,7 @@ def export_adapter(
 ) -> None:
     """Write an adapter that PEFT and an engine take, or a merged model, and check it by reloading.
 
-    Everything but `merged` is a plain LoRA of one rank that loads with peft alone.
+    Everything but `llama.cpp` and `merged` is a plain LoRA of one rank that loads with peft alone.
     """
     with told_on_stop():
         from forgetless.experiments.exporting import export_folder
@@ -263,5 +263,5 @@ def export_adapter(
     if done.compression is not None:
         for line in done.compression.lines():
             print_text(line)
-        if done.is_adapter:
+        if done.is_peft:
             print_text(f"gain after the cut: forgetless evaluate RECIPE --adapter {output}")
