@@ -20,7 +20,6 @@ from forgetless.adapters.round_trip import RoundTrip, check_merged
 from forgetless.adapters.whole_folder import written_into
 from forgetless.errors import AdapterError
 from forgetless.linalg.precision import full_precision
-from forgetless.models.load import load_model
 from forgetless.models.targets import base_of
 
 
@@ -44,7 +43,10 @@ class MergedModel(ExportTarget):
 
     def compare(self, job: ExportJob, input_ids_BT: Tensor) -> RoundTrip:
         """Load the model that was written."""
-        merged = load_model(str(job.folder), dtype=_dtype(job), device=input_ids_BT.device).model
+        # By the base's own class: an encoder-decoder is merged, too.
+        kind = type(base_of(job.model))
+        merged = kind.from_pretrained(job.folder, dtype=_dtype(job), local_files_only=True)
+        merged = merged.to(input_ids_BT.device).eval()
         return check_merged(job.model, merged, input_ids_BT, scale=job.scale, adapter=job.adapter)
 
     def summary(self, rank: int, dtype: torch.dtype) -> str:
