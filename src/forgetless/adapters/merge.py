@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from forgetless.adapters.card import write_card
 from forgetless.adapters.export_target import ExportJob, ExportTarget
 from forgetless.adapters.forms import adapted_layers, factors
 from forgetless.adapters.plain_lora import refuse_what_plain_lora_cannot_hold
@@ -20,7 +22,7 @@ from forgetless.adapters.round_trip import RoundTrip, check_merged
 from forgetless.adapters.whole_folder import written_into
 from forgetless.errors import AdapterError
 from forgetless.linalg.precision import full_precision
-from forgetless.models.targets import base_of
+from forgetless.models.targets import base_of, module_suffixes
 
 
 class MergedModel(ExportTarget):
@@ -30,7 +32,7 @@ class MergedModel(ExportTarget):
     is_adapter = False
 
     def write(self, job: ExportJob) -> torch.dtype:
-        """The whole model, and the tokenizer where the job has one."""
+        """The whole model with its card, and the tokenizer where the job has one."""
         save_merged(
             job.model,
             job.folder,
@@ -39,6 +41,12 @@ class MergedModel(ExportTarget):
             dtype=job.checkpoint_dtype,
             tokenizer=job.tokenizer,
         )
+        config = job.model.peft_config[job.adapter].to_dict()
+        config["revision"] = job.revision or config["revision"]
+        layers = adapted_layers(job.model, job.adapter)
+        config["target_modules"] = module_suffixes(base_of(job.model), list(layers))
+        name = job.base_name or base_of(job.model).config.name_or_path
+        write_card(job.folder, replace(job.card, base=name or None), config=config, merged=True)
         return _dtype(job)
 
     def compare(self, job: ExportJob, input_ids_BT: Tensor) -> RoundTrip:

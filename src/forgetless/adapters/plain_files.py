@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from forgetless.adapters.base_identity import base_metadata
-from forgetless.adapters.card import CardFacts, write_card
+from forgetless.adapters.card import write_card
 from forgetless.adapters.engines import A_SUFFIX, B_SUFFIX, PREFIX, Engine, missing_of_types
 from forgetless.adapters.export_target import ExportJob, ExportTarget
 from forgetless.adapters.forms import adapted_layers, factors
@@ -60,7 +62,7 @@ class PlainLora(ExportTarget):
             save_file(_tensors(updates, rank), workplace / WEIGHTS, metadata)
             config.save_pretrained(str(workplace))
             refuse_breaches(workplace, self._engine, {*linear, *layers}, shown=job.folder)
-            write_card(workplace, CardFacts(base=name or None))
+            write_card(workplace, replace(job.card, base=name or None))
         return torch.float32
 
     def compare(self, job: ExportJob, input_ids_BT: Tensor) -> RoundTrip:
