@@ -26,6 +26,7 @@ from forgetless.evaluation.items import EvaluationItem
 from forgetless.evaluation.parse import parse_items
 from forgetless.methods import make_method
 from forgetless.recipe_yaml import apply_override, quoting_hint, read_yaml
+from forgetless.training.regularisers import make_regularisers
 
 
 class _Part(BaseModel):
@@ -69,6 +70,8 @@ class TrainingRecipe(_Part):
         validation_rows: Rows held out of the train data for a validation NLL.
         bf16: Train under bf16 autocast; where not given, where the hardware is fast at it and
             `dtype` does not ask for float32.
+        regularisers: What else holds the model back while it trains: names, or mappings of a name
+            and options, as `forgetless methods` lists them.
     """
 
     learning_rate: float | None = Field(default=None, gt=0)
@@ -86,11 +89,22 @@ class TrainingRecipe(_Part):
     report_to: tuple[str, ...] = ()
     validation_rows: int = Field(default=0, ge=0)
     bf16: bool | None = None
+    regularisers: list[dict[str, Any]] = []
 
     @field_validator("report_to", mode="before")
     @classmethod
     def _one_or_several(cls, report_to: object) -> object:
         return (report_to,) if isinstance(report_to, str) else report_to
+
+    @field_validator("regularisers", mode="before")
+    @classmethod
+    def _known_regularisers(cls, given: object) -> object:
+        listed = [given] if isinstance(given, str | dict) else given
+        if not isinstance(listed, list):
+            return given
+        named = [{"name": one} if isinstance(one, str) else one for one in listed]
+        make_regularisers([one for one in named if isinstance(one, dict)])
+        return named
 
 
 # What a list of items may hold in YAML; the model validator below makes items of all of it.
@@ -196,6 +210,13 @@ class Recipe(_Part):
                 f"preserve_data: expected data, as the method {self.method['name']} calibrates on "
                 "it, got none; name what must be kept, or `preserve_data: self`"
             )
+        for regulariser in make_regularisers(self.training.regularisers):
+            if regulariser.needs_preserve and not self.preserve_data:
+                raise RecipeError(
+                    f"preserve_data: expected data, as the regulariser {regulariser.name} needs "
+                    "it, got none; name what must be kept, or `preserve_data: self`"
+                )
+            regulariser.check_form(make_method(self.method).form)
         return self
 
     def resolved(self) -> dict[str, Any]:

@@ -30,6 +30,10 @@ VARIANTS: list[dict[str, object]] = [
     {"name": "lora-null", "start": "basis"},
     {"name": "sc-lora", "trains": "a"},
     {"name": "sc-lora", "negative": "drop", "beta": 0.9},
+    {"name": "sc-lora", "beta": "auto"},
+    {"name": "corda", "mode": "ipm"},
+    {"name": "eva", "centred": False},
+    {"name": "pissa", "rslora": True},
 ]
 
 

@@ -13,7 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from forgetless.calibration.engine import collect_moments
+from forgetless.data.tokens import make_batches
 from forgetless.errors import ArtefactError
+from forgetless.models.targets import find_targets
 from forgetless.training.checkpoint import (
     ADAPTER_FILE,
     MARKER,
@@ -22,6 +25,8 @@ from forgetless.training.checkpoint import (
     read_marker,
 )
 from forgetless.training.identity import identity_of
+from forgetless.training.regularisers import REGULARISERS, make_regularisers
+from forgetless.training.regularisers.base import PreserveData
 from forgetless.training.sft import train
 from training_setup import ALL_FORMS, adapted, adapter_state, options, token_rows
 
@@ -74,6 +79,35 @@ def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(
     assert state.keys() == expected_state.keys()
     assert all(torch.equal(state[name], expected_state[name]) for name in state)
     assert {name for name, p in resumed.named_parameters() if not p.requires_grad} == frozen
+
+
+def test_a_resumed_run_with_regularisers_equals_the_unbroken_one_bit_for_bit(
+    make_tiny_model, tiny_tokenizer, tmp_path
+):
+    """Rows of KL follow from the step alone, and projections from the weights before each."""
+    kept = token_rows(10, seed=9)
+
+    def regularised(model):
+        batches = make_batches(kept, batch_size=5, pad_token_id=0)
+        moments = collect_moments(model, find_targets(model).targets, batches)
+        return {
+            "options": dataclasses.replace(OPTIONS, regularisers=make_regularisers(REGULARISERS)),
+            "preserve": PreserveData(moments, kept, kept),
+        }
+
+    whole = adapted(make_tiny_model(), "both")
+    expected = run(whole, tiny_tokenizer, tmp_path / "whole", **regularised(whole))
+    broken = tmp_path / "broken"
+    for stop in (4, 8, None):
+        resumed = adapted(make_tiny_model(), "both")
+        found = run(resumed, tiny_tokenizer, broken, stop=stop, **regularised(resumed))
+    assert found.resumed_from == [3, 6]
+    assert found == expected.model_copy(update={"resumed_from": [3, 6]})
+    state, expected_state = adapter_state(resumed), adapter_state(whole)
+    assert all(torch.equal(state[name], expected_state[name]) for name in state)
+    less = {"preserve": PreserveData(regularised(whole)["preserve"].moments, kept[1:], kept[1:])}
+    with pytest.raises(ArtefactError, match="data"):
+        run(resumed, tiny_tokenizer, broken, **{**regularised(resumed), **less})
 
 
 @pytest.mark.parametrize("form", ["a", "b", "both"])

@@ -299,7 +299,7 @@ def test_ctrl_c_in_a_short_command_names_the_command_to_run_again(
     [
         (["run", "nowhere.yaml"], "nowhere.yaml"),
         (["run", "recipe.yaml", "trainning.epochs=2"], "did you mean `training`"),
-        (["run", "recipe.yaml", "method={name: sc-lora, beta: 2}"], "0..1, got 2"),
+        (["run", "recipe.yaml", "method={name: sc-lora, beta: 2}"], "0..1 or auto, got 2"),
         (["run", "recipe.yaml", "method={name: lora, rank: 999}"], "999; lower the rank"),
         (["run", "recipe.yaml", "model=nowhere/at-all"], "nowhere/at-all"),
         (["export", "nowhere", "out2"], "expected a folder with adapter_config.json"),

@@ -15,7 +15,14 @@ from run_setup import recipe_of, write_data
 from transformers import AutoModelForCausalLM
 
 from forgetless.data.tokens import TokenRow
-from forgetless.errors import AdapterError, ArtefactError, DataError, MethodError, RecipeError
+from forgetless.errors import (
+    AdapterError,
+    ArtefactError,
+    DataError,
+    ForgetlessError,
+    MethodError,
+    RecipeError,
+)
 from forgetless.experiments import run as run_module
 from forgetless.experiments.describe import skipped_notes
 from forgetless.experiments.output import Clock
@@ -448,3 +455,30 @@ def test_usual_skipped_layers_are_counted_and_unusual_ones_named():
         "layer experts is skipped: fused 3-D weights",
     ]
     assert skipped_notes({}) == []
+
+
+@pytest.mark.parametrize(
+    ("method", "given"),
+    [("lora", ["drift", "kl"]), ("lora", {"name": "replay", "ratio": 0.5}), ("eva", "project")],
+)
+def test_a_run_with_regularisers_calibrates_for_them_and_records_their_terms(
+    make_recipe, method, given
+):
+    recipe = make_recipe(
+        method={"name": method, "rank": 4}, training={"max_steps": 4} | {"regularisers": given}
+    )
+    record = load_record(run(recipe))
+    names = [one["name"] for one in recipe.training.regularisers]
+    assert record.label == " + ".join([method, *names])
+    assert set(record.training.curve[-1].terms) == set(names)
+    calibrated = record.evaluation.movement.drift_calibration is not None
+    assert calibrated == ("replay" not in names)
+
+
+def test_a_recipe_whose_regulariser_lacks_data_or_a_form_is_refused(make_recipe):
+    with pytest.raises(RecipeError, match="as the regulariser drift needs it, got none"):
+        make_recipe(method="lora", preserve_data=[], training={"regularisers": "drift"})
+    with pytest.raises(ForgetlessError, match="project: expected a method that trains a or both"):
+        make_recipe(training={"regularisers": ["project"]})
+    with pytest.raises(ForgetlessError, match="did you mean drift"):
+        make_recipe(training={"regularisers": ["drfit"]})

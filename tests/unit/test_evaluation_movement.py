@@ -16,8 +16,10 @@ from forgetless.data.spec import DataSpec
 from forgetless.data.tokens import make_batches, pad_token_id, tokenize
 from forgetless.errors import AdapterError, CalibrationError, ForgetlessWarning
 from forgetless.evaluation.movement import measure_movement
+from forgetless.linalg.moments import drift_bound, moment_drift
 from forgetless.methods.base import AdapterInit
 from forgetless.models.targets import find_targets
+from training_setup import adapted
 
 TEXTS = (
     "The quick brown fox jumps over the lazy dog.",
@@ -281,3 +283,54 @@ def test_leakage_of_both_is_that_of_the_papers_a_however_small_the_deviation(
         basis = np.linalg.svd(a_RD.double().numpy(), full_matrices=False)[2]
         expected = np.trace(basis @ moment @ basis.T) / np.trace(moment) * moment.shape[0] / 3
         assert found.layers[name].leakage == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("form", ["plain", "a", "b", "both"])
+def test_the_bound_holds_for_every_b_where_a_is_frozen_and_is_not_claimed_elsewhere(
+    make_tiny_model, tiny_tokenizer, form
+):
+    """Calibration data that reach A well: the bound must hold by the theorem, not by smallness."""
+    model = adapted(make_tiny_model(), form)
+    rows = row_set()
+    batches = make_batches(
+        tokenize(rows, tiny_tokenizer), batch_size=4, pad_token_id=pad_token_id(tiny_tokenizer)
+    )
+    moments = collect_moments(model, find_targets(model).targets, batches)
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = torch.randn(parameter.shape, generator=generator)
+        found = measure_movement(
+            model, tiny_tokenizer, [rows], adapter="default", calibration_moments=moments
+        )
+        for name, layer in found.layers.items():
+            if form != "b":
+                assert layer.drift_bound is None
+                continue
+            m = moments.of(name).mean_DD().double().numpy()
+            peft_layer = adapted_layers(model)[name]
+            delta = dense_delta(peft_layer).numpy()
+            a = peft_layer.lora_A["default"].weight.detach().double().numpy()
+            u = np.linalg.svd(a, full_matrices=False)[2].T
+            w = peft_layer.get_base_layer().weight.detach().double().numpy()
+            largest = np.linalg.eigvalsh(u.T @ m @ u)[-1]
+            expected = largest * (delta**2).sum() / np.trace(w @ m @ w.T)
+            assert layer.drift_bound == pytest.approx(expected, rel=1e-3)
+            assert layer.drift_calibration <= layer.drift_bound * (1 + 1e-5)
+    if form == "b":
+        assert found.drift_bound == pytest.approx(
+            sum(layer.drift_bound for layer in found.layers.values()) / len(found.layers)
+        )
+        half = found.scaled(0.5)
+        assert half.drift_bound == pytest.approx(found.drift_bound / 4)
+
+
+def test_the_bound_is_reached_where_b_writes_the_loudest_direction_alone():
+    moment, weight = torch.diag(torch.tensor([9.0, 4.0, 1.0])), torch.eye(3)
+    basis = torch.eye(3)[:, :2]
+    loudest = torch.tensor([[2.0, 0.0, 0.0]])
+    assert drift_bound(loudest, weight, moment, basis) == pytest.approx(
+        moment_drift(loudest, weight, moment)
+    )
+    assert drift_bound(loudest, weight, moment, basis[:, :0]) == 0.0

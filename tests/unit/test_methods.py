@@ -124,8 +124,8 @@ def test_a_method_says_what_it_lacks(name: str) -> None:
     [
         ("lora-nul", "did you mean lora-null"),
         ({"name": "sc-lora", "betta": 1}, "did you mean beta"),
-        ({"name": "sc-lora", "beta": 1.5}, r"in 0\.\.1, got 1\.5"),
-        ({"name": "sc-lora", "beta": "much"}, "expected a number, got 'much'"),
+        ({"name": "sc-lora", "beta": 1.5}, r"in 0\.\.1 or auto, got 1\.5"),
+        ({"name": "sc-lora", "beta": "much"}, "expected a number or auto, got 'much'"),
         ({"name": "sc-lora", "trains": "b"}, "expected both or a"),
         ({"name": "lora-null", "trains": "a"}, "expected b or both"),
         ({"name": "lora-null", "start": "basis", "trains": "both"}, "use trains: b"),

@@ -154,6 +154,7 @@ def attach_rows(
     method: Method,
     row_sets: Mapping[Role, Sequence[RowSet]],
     collected: Mapping[Role, SiteMoments] | None = None,
+    also: frozenset[Role] = frozenset(),
     targets: Sequence[str] | None = None,
     batch_size: int = 8,
     min_tokens: int | None = None,
@@ -164,7 +165,8 @@ def attach_rows(
 ) -> Attached:
     """`attach` on rows that are loaded already; tells what it found.
 
-    `collected` holds moments of roles that have no row sets. An adapter of the name given that the
+    `collected` holds moments of roles that have no row sets, `also` names roles to collect moments
+    of beside those that the method needs. An adapter of the name given that the
     model holds already is started anew in place, where it is an ordinary LoRA without an update.
     `progress` is called with the role, the rows done, and all rows.
     """
@@ -175,11 +177,12 @@ def attach_rows(
     selection = find_targets(model, targets)
     for target in selection.targets.values():
         method.check_layer(target.name, target.in_features, target.out_features)
-    refuse_overlap({role: row_sets.get(role, ()) for role in sorted(method.needs)})
+    refuse_overlap({role: row_sets.get(role, ()) for role in sorted(method.needs | also)})
     moments = {role: found for role, found in (collected or {}).items() if role in method.needs}
-    for role in sorted(method.needs - moments.keys()):
+    for role in sorted((method.needs | also) - moments.keys()):
         if not row_sets.get(role):
-            raise MethodError(f"method {method.name} needs {role} data, got none: give {role}_data")
+            who = f"method {method.name} needs" if role in method.needs else "regularisers need"
+            raise MethodError(f"{who} {role} data, got none: give {role}_data")
         moments[role] = calibrate(
             model,
             tokenizer,

@@ -59,8 +59,11 @@ class Form(ABC):
     def _fill(self, layer: LoraLayer, adapter: str, init: AdapterInit) -> None: ...
 
     def deviation(self, layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
-        """A and B with ΔW = B A before scaling, in the adapter's dtype; rank R (2R for `both`)."""
-        return layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach()
+        """A and B with ΔW = B A before scaling, in the adapter's dtype; rank R (2R for `both`).
+
+        Live: gradients flow to what trains.
+        """
+        return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
 
     def down_projection(self, layer: LoraLayer, adapter: str) -> Tensor:
         """The A (R, D) of the paper, which the adapter reads its input through."""
@@ -116,8 +119,8 @@ class TrainsBoth(Form):
     def deviation(self, layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
         """A = [a; A0] and B = [B0 + b, b]."""
         a_RD, b_OR = super().deviation(layer, adapter)
-        fixed_A_RD = getattr(layer, FIXED_A)[adapter].weight.detach()
-        fixed_B_OR = getattr(layer, FIXED_B)[adapter].weight.detach()
+        fixed_A_RD = getattr(layer, FIXED_A)[adapter].weight
+        fixed_B_OR = getattr(layer, FIXED_B)[adapter].weight
         return concatenated_delta(a_RD, b_OR, fixed_A_RD, fixed_B_OR)
 
     def down_projection(self, layer: LoraLayer, adapter: str) -> Tensor:
@@ -187,6 +190,11 @@ def form_of(model: nn.Module, adapter: str = "default") -> Form:
     )
 
 
+def freezes_a(layer: LoraLayer, adapter: str = "default") -> bool:
+    """Whether A of a layer is frozen while this adapter trains, so that its row space stays."""
+    return tuple(layer.frozen_peft_weight_names.get(adapter, ())) == TrainsB.frozen
+
+
 def down_projection(layer: LoraLayer, adapter: str = "default") -> Tensor:
     """The A (R, D) that a layer reads its input through, float32 or wider.
 
@@ -208,6 +216,12 @@ def factors(layer: LoraLayer, adapter: str = "default") -> tuple[Tensor, Tensor]
     Returns:
         A (R, D) and B (O, R), float32 or wider; R is twice the rank for the form `both`.
     """
+    a_RD, b_OR = live_factors(layer, adapter)
+    return a_RD.detach(), b_OR.detach()
+
+
+def live_factors(layer: LoraLayer, adapter: str = "default") -> tuple[Tensor, Tensor]:
+    """`factors` with gradients to what trains, for terms of a loss."""
     a_RD, b_OR = _form_of_layer(layer, adapter).deviation(layer, adapter)
     dtype = torch.promote_types(a_RD.dtype, torch.float32)
     return a_RD.to(dtype), b_OR.to(dtype) * layer.scaling[adapter]

@@ -12,6 +12,7 @@ from forgetless.cli.output import TOGETHER, print_json, print_text, print_values
 
 if TYPE_CHECKING:
     from forgetless.methods.base import Method
+    from forgetless.training.regularisers.base import Regulariser
 
 
 def new(
@@ -112,11 +113,17 @@ def schema() -> None:
 
 
 def methods(as_json: Json = False) -> None:
-    """List the methods: paper, what data they need, what they promise, default learning rate."""
+    """List the methods and regularisers: paper, data they need, promise, options, rate."""
     from forgetless.methods import METHODS
+    from forgetless.training.regularisers import REGULARISERS
 
     if as_json:
-        print_json({"methods": [_as_values(kind) for kind in METHODS.values()]})
+        print_json(
+            {
+                "methods": [_as_values(kind) for kind in METHODS.values()],
+                "regularisers": [_regulariser(kind) for kind in REGULARISERS.values()],
+            }
+        )
         return
     for name, kind in METHODS.items():
         made = kind()
@@ -125,6 +132,12 @@ def methods(as_json: Json = False) -> None:
         print_text(wrapped("promise", made.promise))
         print_text(wrapped("options", _options(kind)))
         print_text(wrapped("rate", f"{made.default_learning_rate:g}: {made.learning_rate_source}"))
+        print_text("")
+    print_text("Regularisers, for any method, in a recipe's training.regularisers:\n")
+    for name, term in REGULARISERS.items():
+        needs = "preserve" if term().needs_preserve else "no"
+        print_text(f"{name}\n  {term.title}\n  source   {term.paper}\n  needs    {needs} data")
+        print_text(wrapped("options", _options(term)))
         print_text("")
 
 
@@ -146,7 +159,23 @@ def _as_values(kind: type[Method]) -> dict[str, Any]:
     }
 
 
-def _options(kind: type[Method]) -> str:
+_WORDS = {"None": "none", "True": "true", "False": "false"}  # as YAML writes them
+
+
+def _regulariser(kind: type[Regulariser]) -> dict[str, Any]:
+    from forgetless.training.regularisers import regulariser_options
+
+    made = kind()
+    return {
+        "name": made.name,
+        "title": made.title,
+        "paper": made.paper,
+        "needs_preserve_data": made.needs_preserve,
+        "options": {k: v for k, v in regulariser_options(made).items() if k != "name"},
+    }
+
+
+def _options(kind: type[Method] | type[Regulariser]) -> str:
     """Every option with the values it may take and its default: `trains: b | both (b)`."""
     import dataclasses
     import typing
@@ -155,7 +184,7 @@ def _options(kind: type[Method]) -> str:
     words = []
     for field in dataclasses.fields(kind):
         values = _values(types[field.name])
-        default = "none" if field.default is None else field.default
+        default = _WORDS.get(str(field.default), field.default)
         words.append(f"{field.name}: {values} ({default})".replace(" ", TOGETHER))
     return ", ".join(words)
 
@@ -164,7 +193,12 @@ def _values(declared: object) -> str:
     """A type in a reader's words."""
     import typing
 
-    names: dict[object, str] = {int: "whole number", float: "number", type(None): "none"}
+    names: dict[object, str] = {
+        int: "whole number",
+        float: "number",
+        bool: "true | false",
+        type(None): "none",
+    }
     arguments = typing.get_args(declared)
     if typing.get_origin(declared) is typing.Literal:
         return " | ".join(map(str, arguments))

@@ -39,10 +39,13 @@ def _metrics(item: ItemResult) -> list[str]:
 
 
 def _movement(moved: Movement) -> list[str]:
+    worst = [layer.drift_bound for layer in moved.layers.values() if layer.drift_bound is not None]
     figures = [
         ("update size", moved.update_size),
         ("drift", moved.drift),
         ("drift on calibration data", moved.drift_calibration),
+        ("  at most (A is frozen)", moved.drift_bound),
+        ("  at most, worst layer", max(worst, default=None)),
         ("leakage", moved.leakage),
         ("‖ΔW‖ / ‖W‖", moved.relative_norm),
     ]

@@ -22,7 +22,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from forgetless.adapters.forms import adapted_layers, down_projection, factors
+from forgetless.adapters.forms import adapted_layers, down_projection, factors, freezes_a
 from forgetless.calibration.engine import SiteMoments
 from forgetless.calibration.hooks import base_forward
 from forgetless.data.rows import RowSet
@@ -32,7 +32,7 @@ from forgetless.evaluation.likelihood import input_device
 from forgetless.evaluation.results import LayerMovement, Movement
 from forgetless.evaluation.selection import model_inputs
 from forgetless.linalg.lowrank import isometric_core, row_space
-from forgetless.linalg.moments import moment_drift
+from forgetless.linalg.moments import drift_bound, moment_drift
 from forgetless.models.targets import Target, base_of, find_targets
 
 _BATCH_SIZE = 8
@@ -78,7 +78,7 @@ def measure_movement(
             if progress is not None:
                 progress(len(batch.index))
     layers = {
-        name: probe.result(_calibration_drift(probe, calibration_moments))
+        name: probe.result(*_on_calibration(probe, calibration_moments))
         for name, probe in probes.items()
     }
     return _overall(layers)
@@ -92,6 +92,7 @@ class _LayerProbe:
         target: The base layer.
         core_RD: C, with ‖C x‖ = ‖ΔW x‖.
         basis_DP: U, orthonormal basis of the row space of A.
+        a_is_frozen: Whether that row space stays while training.
         kept_BT: Which tokens of the current batch count.
         sums: Of ‖ΔW x‖/‖x‖, ‖ΔW x‖², ‖W x‖², ‖Uᵀ x‖² and ‖x‖².
         num_tokens: Tokens summed.
@@ -100,6 +101,7 @@ class _LayerProbe:
     target: Target
     core_RD: Tensor
     basis_DP: Tensor
+    a_is_frozen: bool
     kept_BT: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
     sums: Tensor = field(default_factory=lambda: torch.zeros(5, dtype=torch.float64))
     num_tokens: int = 0
@@ -129,7 +131,7 @@ class _LayerProbe:
         self.sums += torch.stack([part.sum(dtype=torch.float64) for part in sums]).cpu()
         self.num_tokens += x_ND.shape[0]
 
-    def result(self, drift_calibration: float | None) -> LayerMovement:
+    def result(self, drift_calibration: float | None, drift_bound: float | None) -> LayerMovement:
         """Figures of the layer."""
         name = self.target.name
         if self.num_tokens == 0:
@@ -149,6 +151,7 @@ class _LayerProbe:
             update_size=ratio / self.num_tokens,
             drift=_ratio(moved, kept),
             drift_calibration=drift_calibration,
+            drift_bound=drift_bound,
             leakage=_ratio(inside, energy) * D / P if P else 0.0,
             relative_norm=_ratio(float(self.core_RD.norm()), float(weight_OD.norm())),
         )
@@ -177,7 +180,9 @@ def _probes(model: PeftModel, adapter: str) -> dict[str, _LayerProbe]:
         if name in targets:
             a_RD, b_OR = factors(layer, adapter)
             basis_DP = row_space(down_projection(layer, adapter))
-            probes[name] = _LayerProbe(targets[name], isometric_core(a_RD, b_OR), basis_DP)
+            core_RD = isometric_core(a_RD, b_OR)
+            frozen = freezes_a(layer, adapter)
+            probes[name] = _LayerProbe(targets[name], core_RD, basis_DP, frozen)
     if not probes:
         raise AdapterError(
             f"movement: expected a LoRA on linear layers, got adapter {adapter!r} with none; "
@@ -199,11 +204,17 @@ def _batches(row_sets: Sequence[RowSet], tokenizer: PreTrainedTokenizerBase) -> 
     ]
 
 
-def _calibration_drift(probe: _LayerProbe, moments: SiteMoments | None) -> float | None:
+def _on_calibration(
+    probe: _LayerProbe, moments: SiteMoments | None
+) -> tuple[float | None, float | None]:
+    """Drift on the calibration moment, and its bound."""
     if moments is None or probe.target.name not in moments.site_of:
-        return None
-    moment_DD = moments.of(probe.target.name).mean_DD()
-    return moment_drift(probe.core_RD, probe.target.weight_OD(), moment_DD)
+        return None, None
+    moment_DD, weight_OD = moments.of(probe.target.name).mean_DD(), probe.target.weight_OD()
+    drift = moment_drift(probe.core_RD, weight_OD, moment_DD)
+    if not probe.a_is_frozen:
+        return drift, None
+    return drift, drift_bound(probe.core_RD, weight_OD, moment_DD, probe.basis_DP)
 
 
 def _ratio(part: float, whole: float) -> float:
@@ -216,10 +227,12 @@ def _overall(layers: Mapping[str, LayerMovement]) -> Movement:
         return sum(values) / len(values)
 
     calibrated = [v.drift_calibration for v in layers.values() if v.drift_calibration is not None]
+    bounds = [v.drift_bound for v in layers.values() if v.drift_bound is not None]
     return Movement(
         update_size=mean([v.update_size for v in layers.values()]),
         drift=mean([v.drift for v in layers.values()]),
         drift_calibration=mean(calibrated) if calibrated else None,
+        drift_bound=mean(bounds) if bounds else None,
         leakage=mean([v.leakage for v in layers.values()]),
         relative_norm=mean([v.relative_norm for v in layers.values()]),
         layers=dict(layers),

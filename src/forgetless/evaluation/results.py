@@ -106,6 +106,8 @@ class LayerMovement(_Value):
         update_size: F_Δ, mean over tokens of ‖ΔW x‖ / ‖x‖ on held-out inputs of the base.
         drift: tr(ΔW M ΔWᵀ) / tr(W M Wᵀ), M a held-out preserve second moment of the base.
         drift_calibration: The same on the calibration moment; None without one.
+        drift_bound: What `drift_calibration` cannot exceed at this ‖ΔW‖, whatever B became; None
+            where A trains, or without a calibration moment.
         leakage: (d/r)·tr(Uᵀ M U)/tr(M), U an orthonormal basis of A's row space, M held out.
         relative_norm: ‖ΔW‖_F / ‖W‖_F.
     """
@@ -113,6 +115,7 @@ class LayerMovement(_Value):
     update_size: float
     drift: float
     drift_calibration: float | None
+    drift_bound: float | None = None
     leakage: float
     relative_norm: float
 
@@ -127,6 +130,7 @@ class Movement(_Value):
     update_size: float
     drift: float
     drift_calibration: float | None
+    drift_bound: float | None = None
     leakage: float
     relative_norm: float
     layers: dict[str, LayerMovement]
@@ -140,11 +144,12 @@ class Movement(_Value):
 def _scaled(moved: LayerMovement | Movement, scale: float) -> dict[str, float | None]:
     """Sizes go with |scale|, drift with its square; leakage asks for A's row space only."""
     size, square = abs(scale), scale**2
-    calibration = moved.drift_calibration
+    calibration, bound = moved.drift_calibration, moved.drift_bound
     return {
         "update_size": moved.update_size * size,
         "drift": moved.drift * square,
         "drift_calibration": None if calibration is None else calibration * square,
+        "drift_bound": None if bound is None else bound * square,
         "leakage": moved.leakage,
         "relative_norm": moved.relative_norm * size,
     }

@@ -38,7 +38,7 @@ def describe(
 ) -> Record:
     """Put the results of a run together with all that a reader needs to repeat it."""
     return Record(
-        label=recipe.label or attached.method.name,
+        label=label_of(recipe),
         created=created,
         seed=recipe.seed,
         method=method_options(attached.method),
@@ -62,6 +62,12 @@ def describe(
         files=files,
         model_files=model_files,
     )
+
+
+def label_of(recipe: Recipe) -> str:
+    """The recipe's, else its method and regularisers: `lora + drift`."""
+    named = [recipe.method, *recipe.training.regularisers]
+    return recipe.label or " + ".join(str(one["name"]) for one in named)
 
 
 def skipped_notes(skipped: Mapping[str, str]) -> list[str]:

@@ -6,6 +6,7 @@ from forgetless.adapters.card import write_card
 from forgetless.errors import RecipeError
 from forgetless.experiments.checks import data_of, items_of
 from forgetless.experiments.data_files import changed_files
+from forgetless.experiments.describe import label_of
 from forgetless.experiments.mending import mend
 from forgetless.experiments.model_card import card_facts
 from forgetless.experiments.model_files import changed_model_files
@@ -63,7 +64,7 @@ def settle(recipe: Recipe, folder: RunFolder, heard: Progress) -> bool:
 
 
 def _relabel(recipe: Recipe, folder: RunFolder, record: Record) -> None:
-    label = recipe.label or str(recipe.method["name"])
+    label = label_of(recipe)
     renamed = record.model_copy(update={"label": label, "recipe": plain_recipe(recipe)})
     folder.claim(recipe)
     write_card(folder.adapter, card_facts(renamed))

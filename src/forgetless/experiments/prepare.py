@@ -21,6 +21,7 @@ from forgetless.methods.base import Method
 from forgetless.models.load import LoadedModel
 from forgetless.recipe import Recipe
 from forgetless.training.options import TrainingOptions
+from forgetless.training.regularisers import make_regularisers
 from forgetless.training.sft import has_target, learnable
 
 _Role = Literal["train", "preserve", "gain", "retention"]
@@ -34,6 +35,7 @@ class Prepared:
         train: Row sets to learn; what the method calibrates on, where it needs train data.
         preserve: Row sets to keep.
         train_rows: Tokens to train on, without the validation rows.
+        preserve_rows: Tokens to keep, as they are.
         validation_rows: Tokens held out of the train data.
         facts: For the record, by role and source.
         notes: What a user wants to know: how much was truncated or left out.
@@ -42,6 +44,7 @@ class Prepared:
     train: list[RowSet]
     preserve: list[RowSet]
     train_rows: list[TokenRow]
+    preserve_rows: list[TokenRow]
     validation_rows: list[TokenRow]
     facts: list[DataFacts]
     notes: list[str]
@@ -99,7 +102,16 @@ def prepare(
         learnable(held[0])
     facts = [_facts(source) for source in sources]
     roles = _by_role(sources)
-    return Prepared(roles["train"], roles["preserve"], *held, facts, _notes(facts, held[0]))
+    kept = [row for one in sources if one.role == "preserve" for row in one.tokens]
+    return Prepared(
+        train=roles["train"],
+        preserve=roles["preserve"],
+        train_rows=held[0],
+        preserve_rows=kept,
+        validation_rows=held[1],
+        facts=facts,
+        notes=_notes(facts, held[0]),
+    )
 
 
 @dataclass(frozen=True)
@@ -149,7 +161,7 @@ def _by_role(sources: Sequence[_Source]) -> dict[str, list[RowSet]]:
 
 def training_options(recipe: Recipe, method: Method) -> TrainingOptions:
     """The recipe's training part with the method's defaults for what it leaves open."""
-    values = recipe.training.model_dump(exclude={"validation_rows"})
+    values = recipe.training.model_dump(exclude={"validation_rows", "regularisers"})
     rate, decay = values.pop("learning_rate"), values.pop("weight_decay")
     bf16 = values.pop("bf16")
     return TrainingOptions(
@@ -158,6 +170,7 @@ def training_options(recipe: Recipe, method: Method) -> TrainingOptions:
         weight_decay=method.default_weight_decay if decay is None else decay,
         # A dtype that was asked for is the dtype to train in; `auto` leaves it to the hardware.
         bf16=False if bf16 is None and recipe.dtype == "float32" else bf16,
+        regularisers=make_regularisers(recipe.training.regularisers),
         **values,
     )
 

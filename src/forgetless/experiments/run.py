@@ -27,6 +27,7 @@ from forgetless.experiments.output import Clock, RunFolder
 from forgetless.experiments.prepare import Prepared, prepare, training_options
 from forgetless.experiments.progress import Progress, warnings_heard
 from forgetless.experiments.record import TrainingFacts, save_record
+from forgetless.experiments.regularised import calibrated_for, preserve_data, uses_preserve
 from forgetless.experiments.report import write_report
 from forgetless.methods import make_method
 from forgetless.methods.base import Method
@@ -35,7 +36,7 @@ from forgetless.models.load import LoadedModel, base_reference
 from forgetless.recipe import Recipe
 from forgetless.training.callbacks import ReportSteps
 from forgetless.training.quiet import libraries_quiet
-from forgetless.training.sft import refuse_data_parallel, train
+from forgetless.training.sft import mixed_rows, refuse_data_parallel, train
 
 
 def run(recipe: Recipe, *, progress: Progress | None = None, resume: str | None = None) -> Path:
@@ -223,7 +224,11 @@ class _Run:
         )
         for text in data.notes:
             self._warn(text)
-        if self.recipe.preserve_data and "preserve" not in self.method.needs:
+        if (
+            self.recipe.preserve_data
+            and "preserve" not in self.method.needs
+            and not uses_preserve(self.recipe)
+        ):
             self.progress.note(
                 f"method {self.method.name} does not calibrate: preserve_data is only kept apart "
                 "from the other rows"
@@ -238,6 +243,7 @@ class _Run:
             loaded.tokenizer,
             method=self.method,
             row_sets={"train": data.train, "preserve": data.preserve},
+            also=calibrated_for(self.recipe),
             targets=self.recipe.targets,
             batch_size=self.recipe.calibration.batch_size,
             min_tokens=self.recipe.calibration.min_tokens,
@@ -251,8 +257,10 @@ class _Run:
 
     def _train(self, loaded: LoadedModel, data: Prepared, attached: Attached) -> TrainingFacts:
         options = training_options(self.recipe, self.method)
+        preserve = preserve_data(loaded, data, attached)
+        rows = mixed_rows(data.train_rows, options, preserve, self.recipe.seed)
         self.progress.note(
-            f"{options.num_steps(len(data.train_rows))} steps at learning rate "
+            f"{options.num_steps(len(rows))} steps at learning rate "
             f"{options.learning_rate:g} ({options.learning_rate_source})"
         )
         return train(
@@ -263,6 +271,7 @@ class _Run:
             output=self.folder.checkpoints,
             seed=self.recipe.seed,
             start=attached.origin,
+            preserve=preserve,
             validation_rows=data.validation_rows,
             callbacks=[ReportSteps(self._advance, resumed=self._tell_resumed)],
         )

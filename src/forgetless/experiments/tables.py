@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from forgetless.evaluation.results import Estimate, MetricResult, Side
+from forgetless.evaluation.results import Estimate, MetricResult, Movement, Side
 from forgetless.experiments.numbers import (
     MISSING,
     change_text,
@@ -127,11 +127,10 @@ def movement_rows(runs: Sequence[Run]) -> list[tuple[Run, tuple[str, ...]]]:
         moved, training = run.record.evaluation.movement, run.record.training
         parts: tuple[str, ...] = (MISSING,) * 5
         if moved is not None:
-            calibration = moved.drift_calibration
             parts = (
                 plain(moved.update_size),
                 plain(moved.drift),
-                MISSING if calibration is None else plain(calibration),
+                _on_calibration(moved),
                 plain(moved.leakage),
                 plain(moved.relative_norm),
             )
@@ -147,6 +146,14 @@ def movement_rows(runs: Sequence[Run]) -> list[tuple[Run, tuple[str, ...]]]:
             )
         )
     return rows
+
+
+def _on_calibration(moved: Movement) -> str:
+    """Drift on calibration data, and what it cannot exceed where A is frozen."""
+    if moved.drift_calibration is None:
+        return MISSING
+    bound = "" if moved.drift_bound is None else f" ≤ {plain(moved.drift_bound)}"
+    return plain(moved.drift_calibration) + bound
 
 
 def _side(text: str) -> Side:

@@ -113,6 +113,28 @@ def moment_drift(core_RD: Tensor, weight_OD: Tensor, moment_DD: Tensor) -> float
     return float(output_energy(core_RD, moment_DD)) / kept if kept else 0.0
 
 
+def drift_bound(core_RD: Tensor, weight_OD: Tensor, moment_DD: Tensor, basis_DP: Tensor) -> float:
+    """λ ‖ΔW‖_F² / tr(W M Wᵀ), above the drift of every ΔW with rows in span(U); 0 where both are 0.
+
+    Then ΔW = ΔW U Uᵀ, and tr(ΔW M ΔWᵀ) = tr(ΔW U (Uᵀ M U) Uᵀ ΔWᵀ) <= λ ‖ΔW‖_F² with λ the largest
+    eigenvalue of Uᵀ M U. It says nothing about data with another moment than M.
+
+    Args:
+        core_RD: C with ‖C x‖ = ‖ΔW x‖ for every x, so that ‖C‖_F = ‖ΔW‖_F.
+        weight_OD: W.
+        moment_DD: M.
+        basis_DP: U, orthonormal columns, such as the row space of a frozen A.
+    """
+    moment_DD, basis_DP = moment_DD.to(core_RD), basis_DP.to(core_RD)
+    kept = float(output_energy(weight_OD.to(core_RD), moment_DD))
+    if basis_DP.shape[1] == 0 or not kept:
+        return 0.0
+    with full_precision():
+        inner_PP = basis_DP.T @ moment_DD @ basis_DP
+        largest = float(torch.linalg.eigvalsh((inner_PP + inner_PP.T) / 2)[-1])
+    return max(largest, 0.0) * float(core_RD.square().sum()) / kept
+
+
 def augment_bias(
     weight_OD: Tensor, bias_O: Tensor | None, moment_DD: Tensor, mean_D: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
+
+# Narrower side of the widest problem that is solved in float64, 128 MiB a matrix.
+_WIDEST_FLOAT64 = 4096
+
+
+def solving_dtype(matrix: Tensor) -> torch.dtype:
+    """float64 for a matrix of min(rows, columns) <= 4096 where the device has it, else its own.
+
+    For problems whose answer spans more orders of magnitude than float32 tells from zero.
+    """
+    if min(matrix.shape) <= _WIDEST_FLOAT64 and matrix.device.type != "mps":
+        return torch.float64
+    return matrix.dtype
 
 
 @contextmanager

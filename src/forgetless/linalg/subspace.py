@@ -9,13 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from forgetless.linalg.precision import full_precision
-
-# Widest eigenproblem of a contrast that is solved in float64, 128 MiB a matrix.
-_WIDEST_FLOAT64 = 4096
+from forgetless.linalg.precision import full_precision, solving_dtype
 
 
-def _check_rank(rank: int, width: int) -> None:
+def check_rank(rank: int, width: int) -> None:
+    """Refuse a rank that no basis in `width` dimensions has.
+
+    Raises:
+        ValueError: rank outside 1..width.
+    """
     if not 1 <= rank <= width:
         raise ValueError(f"basis: expected a rank in 1..{width}, got {rank}; lower the rank")
 
@@ -41,10 +43,49 @@ def null_basis(moment_DD: Tensor, rank: int) -> Tensor:
 
     Source: LoRA-Null, arXiv:2503.02659, Sec. 3.
     """
-    _check_rank(rank, moment_DD.shape[0])
+    check_rank(rank, moment_DD.shape[0])
     with full_precision():
         vectors_DD: Tensor = torch.linalg.eigh(moment_DD).eigenvectors
     return vectors_DD[:, :rank].contiguous()
+
+
+def top_basis(moment_DD: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Orthonormal basis of the `rank` directions that carry most energy, and their energies.
+
+    Solved in the dtype of the argument.
+
+    Args:
+        moment_DD: E[x xᵀ] or a covariance, symmetric, activation².
+        rank: R, 1 <= R <= D.
+
+    Returns:
+        basis_DR: columns by decreasing energy; energies_R, activation².
+
+    Raises:
+        ValueError: rank outside 1..D.
+    """
+    check_rank(rank, moment_DD.shape[0])
+    with full_precision():
+        values_D, vectors_DD = torch.linalg.eigh(moment_DD)
+    return vectors_DD[:, -rank:].flip(1).contiguous(), values_D[-rank:].flip(0)
+
+
+def leading_basis(moment_DD: Tensor, energy: float) -> Tensor:
+    """Orthonormal basis (D, K) of the fewest leading directions that hold a share of the energy.
+
+    Args:
+        moment_DD: E[x xᵀ], symmetric, activation².
+        energy: The share, above 0 and below 1. K is 0 for a moment of zeros.
+    """
+    with full_precision():
+        values_D, vectors_DD = torch.linalg.eigh(moment_DD)
+    values_D = values_D.clamp_min(0).flip(0)
+    total = float(values_D.sum())
+    if total == 0.0:
+        return moment_DD.new_zeros(moment_DD.shape[0], 0)
+    count = int((values_D.cumsum(0) < energy * total).sum()) + 1
+    basis_DK: Tensor = vectors_DD.flip(1)[:, :count].contiguous()
+    return basis_DK
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +138,8 @@ def contrast_basis(
 
     Source: SC-LoRA, arXiv:2505.23724, Alg. 1; the reduction by W = QR is ours.
     """
-    _check_rank(rank, weight_OD.shape[0])
-    wide = weight_OD.dtype
-    if min(weight_OD.shape) <= _WIDEST_FLOAT64 and weight_OD.device.type != "mps":
-        wide = torch.float64
+    check_rank(rank, weight_OD.shape[0])
+    wide = solving_dtype(weight_OD)
     with full_precision():
         basis_OR, values_R, tolerance = _solve_contrast(
             weight_OD.to(wide),

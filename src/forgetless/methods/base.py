@@ -27,6 +27,7 @@ LORAS_RATE = (
     "LoRA's; of 2e-4 and 1e-3 the one that kept more on SmolLM2-135M, rank 32 (docs/results.md); "
     "the authors use 2e-5 on 7B models at rank 128"
 )
+UNTUNED_RATE = "LoRA's, not tuned for this method"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,8 @@ class Method(ABC):
     Attributes:
         rank: R.
         alpha: LoRA's alpha; ΔW is scaled by alpha / rank. None means alpha = rank, scale 1.
+        rslora: Scale by alpha / √rank in its place (rsLoRA, arXiv:2312.03732), so that a rate that
+            suits one rank suits another.
         name: Name on the command line and in recipes.
         title: One line: what it does.
         paper: Source, as an arXiv id with the authors' short title.
@@ -94,6 +97,7 @@ class Method(ABC):
 
     rank: int = 32
     alpha: float | None = None
+    rslora: bool = False
 
     name: ClassVar[str]
     title: ClassVar[str]
@@ -116,8 +120,9 @@ class Method(ABC):
 
     @property
     def lora_alpha(self) -> float:
-        """Alpha, or the rank where none was given."""
-        return float(self.rank) if self.alpha is None else self.alpha
+        """What ordinary LoRA, which scales by alpha / rank, needs as alpha."""
+        alpha = float(self.rank) if self.alpha is None else self.alpha
+        return alpha * math.sqrt(self.rank) if self.rslora else alpha
 
     @property
     @abstractmethod

@@ -3,19 +3,22 @@
 Source: arXiv:2505.23724, Alg. 1. Deviations: moments per token and of equal trace (the authors
 divide by samples and by each sample's signed maximum; `normalisation: samples` restores the former,
 `tokens` leaves the traces alone); the base keeps its weights, and the adapter holds the deviation
-from B0 A0.
+from B0 A0. `beta: auto` is ours: per layer, the largest β at which no direction of S costs more
+than it earns.
 """
 
 # Shape letters: O = layer output width, D = layer input width, R = rank.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from forgetless.linalg.generalised import largest_beta
 from forgetless.linalg.moments import SecondMoment, augment_bias, output_energy
 from forgetless.linalg.precision import full_precision
 from forgetless.linalg.subspace import contrast_basis
@@ -48,7 +51,8 @@ class SCLoRA(Method):
     """SC-LoRA.
 
     Attributes:
-        beta: 0 = train data only, 1 = preserve data only.
+        beta: 0 = train data only, 1 = preserve data only; `auto` = per layer, the largest at which
+            all R directions still earn a reward that is not negative.
         trains: `both` (the paper) or `a` (B frozen: the output subspace stays).
         normalisation: `trace` (per token, equal traces of the output moments), `tokens`, `samples`.
         negative: `keep` directions of negative reward, as the literal top-R does, or `drop` them
@@ -56,7 +60,7 @@ class SCLoRA(Method):
             layer always stays).
     """
 
-    beta: float = 0.8
+    beta: float | Literal["auto"] = 0.8
     trains: Literal["both", "a"] = "both"
     normalisation: Normalisation = "trace"
     negative: Literal["keep", "drop"] = "keep"
@@ -73,7 +77,10 @@ class SCLoRA(Method):
     def __post_init__(self) -> None:
         """Check the options."""
         Method.__post_init__(self)
-        self._require(0 <= self.beta <= 1, f"beta: expected a number in 0..1, got {self.beta}")
+        self._require(
+            self.beta == "auto" or (not isinstance(self.beta, str) and 0 <= self.beta <= 1),
+            f"beta: expected a number in 0..1 or auto, got {self.beta!r}",
+        )
         for key, value, known in (
             ("trains", self.trains, ("both", "a")),
             ("normalisation", self.normalisation, ("trace", "tokens", "samples")),
@@ -89,12 +96,8 @@ class SCLoRA(Method):
     @property
     def needs(self) -> frozenset[Role]:
         """Both, but at β = 0 and β = 1, where one side has no weight."""
-        roles: set[Role] = set()
-        if self.beta < 1:
-            roles.add("train")
-        if self.beta > 0:
-            roles.add("preserve")
-        return frozenset(roles)
+        roles: dict[Role, bool] = {"train": self.beta != 1, "preserve": self.beta != 0}
+        return frozenset(role for role, needed in roles.items() if needed)
 
     @property
     def bottom_roles(self) -> frozenset[Role]:
@@ -115,20 +118,12 @@ class SCLoRA(Method):
         self, layer: LayerWeights, stats: SiteStatistics, generator: torch.Generator
     ) -> AdapterInit:
         """B0 = S and A0 = Sᵀ W; counts how many directions earn a positive reward."""
-        contrast: Tensor | None = None
-        scale = 0.0
-        augmented = layer.weight_OD
-        sides: tuple[tuple[Role, float], ...] = (
-            ("train", 1 - self.beta),
-            ("preserve", -self.beta),
-        )
-        for role, weight in sides:
-            if weight == 0:
-                continue
-            augmented, moment = self._normalised(layer, stats.of(role, layer.name))
-            contrast = weight * moment if contrast is None else contrast + weight * moment
-            scale += abs(weight) * float(output_energy(augmented, moment))
-        assert contrast is not None  # beta cannot be 0 and 1
+        augmented, moments = self._normalised(layer, stats)
+        beta = self._beta(augmented, moments)
+        weights: dict[Role, float] = {"train": 1 - beta, "preserve": -beta}
+        sides = [(weights[role], moment) for role, moment in moments.items()]
+        contrast = sum((weight * moment for weight, moment in sides[1:]), sides[0][0] * sides[0][1])
+        scale = sum(abs(weight) * float(output_energy(augmented, m)) for weight, m in sides)
         found = contrast_basis(augmented, contrast, self.rank, scale=scale)
         with full_precision():
             a_RD, b_OR = found.basis_OR.T @ layer.weight_OD, found.basis_OR
@@ -144,11 +139,26 @@ class SCLoRA(Method):
                 "positive_directions": positive,
                 "zero_directions": self.rank - positive - negative,
                 "negative_directions": negative,
+                **({"beta": beta} if self.beta == "auto" else {}),
             },
         )
 
-    def _normalised(self, layer: LayerWeights, moment: SecondMoment) -> tuple[Tensor, Tensor]:
-        """Weight and input moment with the bias appended, scaled by the normalisation rule."""
+    def _beta(self, augmented: Tensor, moments: Mapping[Role, Tensor]) -> float:
+        if isinstance(self.beta, str):
+            return largest_beta(augmented, moments["train"], moments["preserve"], self.rank)
+        return float(self.beta)
+
+    def _normalised(
+        self, layer: LayerWeights, stats: SiteStatistics
+    ) -> tuple[Tensor, dict[Role, Tensor]]:
+        """Weight and input moments with the bias appended, scaled by the normalisation rule."""
+        augmented, found = layer.weight_OD, {}
+        for role in sorted(self.needs, reverse=True):
+            moment = stats.of(role, layer.name)
+            augmented, found[role] = self._scaled(layer, moment)
+        return augmented, found
+
+    def _scaled(self, layer: LayerWeights, moment: SecondMoment) -> tuple[Tensor, Tensor]:
         mean_DD, mean_D = moment.mean_DD().to(layer.weight_OD), moment.mean_D().to(layer.weight_OD)
         augmented, mean = augment_bias(layer.weight_OD, layer.bias_O, mean_DD, mean_D)
         if self.normalisation == "samples":

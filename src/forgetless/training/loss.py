@@ -44,14 +44,14 @@ def completion_loss(
     counts_BT[:, 1:] = labels_BT[:, 1:] != IGNORED
     predicts_BT = counts_BT.roll(-1, dims=1)
     arguments = {name: value for name, value in inputs.items() if name != "labels"}
-    with _head_sees(head, predicts_BT):
+    with head_sees(head, predicts_BT):
         logits_NV = model(**{**arguments, "use_cache": False}).logits[0]
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     return cross_entropy(logits_NV, labels_BT[counts_BT], reduction="sum") / num_tokens
 
 
 @contextmanager
-def _head_sees(head: nn.Module, predicts_BT: Tensor) -> Iterator[None]:
+def head_sees(head: nn.Module, predicts_BT: Tensor) -> Iterator[None]:
     """While open, the head gets the chosen positions only, as one row (1, N, H)."""
 
     def choose(_module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -11,6 +11,8 @@ import torch
 
 from forgetless.errors import TrainingError
 from forgetless.models.hardware import has_fast_bf16
+from forgetless.training.regularisers import regulariser_options
+from forgetless.training.regularisers.base import Regulariser
 
 Scheduler = Literal["cosine", "linear", "constant"]
 
@@ -41,6 +43,7 @@ class TrainingOptions:
         logging_steps: Optimiser steps between two logged losses.
         report_to: Integrations of transformers (`tensorboard`, `wandb`, …).
         bf16: Forward passes under bf16 autocast; None means where the hardware is fast at it.
+        regularisers: Terms beside the loss of the train rows.
     """
 
     learning_rate: float
@@ -58,6 +61,7 @@ class TrainingOptions:
     logging_steps: int = 5
     report_to: tuple[str, ...] = ()
     bf16: bool | None = None
+    regularisers: tuple[Regulariser, ...] = ()
 
     def __post_init__(self) -> None:
         _expect(0 < self.learning_rate < math.inf, "learning_rate", "above 0", self.learning_rate)
@@ -95,7 +99,8 @@ class TrainingOptions:
 
     def identity(self) -> Mapping[str, Any]:
         """The options that change the trained weights: a resumed run must have the same."""
-        return {k: v for k, v in asdict(self).items() if k not in _REPORTING}
+        values = asdict(self) | {"regularisers": [*map(regulariser_options, self.regularisers)]}
+        return {k: v for k, v in values.items() if k not in _REPORTING}
 
 
 def _expect(holds: bool, name: str, expected: str, got: object) -> None:

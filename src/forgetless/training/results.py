@@ -10,12 +10,18 @@ class _Part(BaseModel):
 
 
 class LogPoint(_Part):
-    """One logged training step; `loss` is the mean since the point before."""
+    """One logged training step; figures are means since the point before.
+
+    Attributes:
+        loss: Of the train rows (and of what is replayed) alone.
+        terms: What each regulariser adds to it in what is minimised, by name.
+    """
 
     step: int
     loss: float
     learning_rate: float
     grad_norm: float | None = None
+    terms: dict[str, float] = {}
 
 
 class TrainingFacts(_Part):

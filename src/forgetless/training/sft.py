@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -20,7 +21,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
 from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from forgetless.adapters.forms import adapted_layers, align_adapter_dtype
+from forgetless.adapters.forms import adapted_layers, align_adapter_dtype, form_of
 from forgetless.data.tokens import TokenRow, fingerprint_token_rows, pad_token_id
 from forgetless.errors import ForgetlessWarning, TrainingError
 from forgetless.evaluation.likelihood import score_rows
@@ -31,8 +32,10 @@ from forgetless.training.identity import active_adapter, identity_of
 from forgetless.training.loss import IGNORED
 from forgetless.training.options import TrainingOptions
 from forgetless.training.quiet import libraries_quiet
+from forgetless.training.regularisers.base import Binding, PreserveData
 from forgetless.training.restore import training_undone
 from forgetless.training.results import LogPoint, TrainingFacts
+from forgetless.training.terms import LOGGED
 from forgetless.training.trainer import AdapterTrainer
 
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -47,6 +50,7 @@ def train(
     output: Path,
     seed: int,
     start: str | None = None,
+    preserve: PreserveData | None = None,
     validation_rows: Sequence[TokenRow] = (),
     callbacks: Iterable[TrainerCallback] = (),
 ) -> TrainingFacts:
@@ -60,6 +64,7 @@ def train(
         output: Folder of the checkpoints, of this run only.
         seed: Seeds the order of the rows.
         start: What the adapter's start follows from (`Attached.origin`), to tell runs apart.
+        preserve: What must be kept, for the regularisers among the options.
         validation_rows: Rows to score with the trained model; never trained on.
         callbacks: Further callbacks of transformers, such as `ReportSteps`.
 
@@ -73,10 +78,15 @@ def train(
     """
     adapter = active_adapter(model)
     refuse_data_parallel()
-    rows = learnable(train_rows)
+    kept = preserve or PreserveData()
+    for regulariser in options.regularisers:
+        regulariser.check_form(form_of(model, adapter).name)
+    rows = mixed_rows(train_rows, options, kept, seed)
     if validation_rows:
         learnable(validation_rows, "validation data")
     data = fingerprint_token_rows(rows)
+    if any(regulariser.needs_preserve for regulariser in options.regularisers):
+        data += f"+{fingerprint_token_rows(kept.rows)}"
     identity = identity_of(model, adapter, data=data, options=options, seed=seed, start=start)
     before = trainable_copy(model)
     point = resume_point(output, identity)
@@ -91,10 +101,12 @@ def train(
             CheckGradients(adapted_layers(model, adapter)),
             MarkCheckpoints(output, identity, resumed_from),
         ]
+        binding = Binding(model, adapter, kept, tokenizer, seed)
         with training_undone(model), libraries_quiet():
             trainer = AdapterTrainer(
                 model,
                 adapter=adapter,
+                terms={one.name: one.bind(binding) for one in options.regularisers},
                 args=_arguments(model, options, output, seed=seed, num_rows=len(rows)),
                 train_dataset=_dataset(rows),
                 data_collator=DataCollatorForLanguageModeling(pad_token_id(tokenizer)),
@@ -117,6 +129,20 @@ def train(
         curve=_curve(state),
         validation_nll=mean_nll(model, tokenizer, validation_rows) if validation_rows else None,
     )
+
+
+def mixed_rows(
+    train_rows: Sequence[TokenRow], options: TrainingOptions, preserve: PreserveData, seed: int
+) -> list[TokenRow]:
+    """What is trained on: the train rows that have something to learn, and what is replayed.
+
+    Raises:
+        TrainingError: Nothing to train on, or nothing to replay.
+    """
+    rows = learnable(train_rows)
+    for regulariser in options.regularisers:
+        rows = regulariser.train_rows(rows, preserve, seed)
+    return rows
 
 
 def learnable(rows: Sequence[TokenRow], where: str = "train data") -> list[TokenRow]:
@@ -225,16 +251,18 @@ def _arguments(
 
 
 def _curve(state: TrainerState) -> list[LogPoint]:
-    return [
-        LogPoint(
-            step=entry["step"],
-            loss=entry["loss"],
-            learning_rate=entry["learning_rate"],
-            grad_norm=entry.get("grad_norm"),
-        )
-        for entry in state.log_history
-        if "loss" in entry
-    ]
+    return [_point(entry) for entry in state.log_history if "loss" in entry]
+
+
+def _point(entry: Mapping[str, Any]) -> LogPoint:
+    terms = {k.removeprefix(LOGGED): v for k, v in entry.items() if k.startswith(LOGGED)}
+    return LogPoint(
+        step=entry["step"],
+        loss=entry["loss"] - sum(terms.values()),
+        learning_rate=entry["learning_rate"],
+        grad_norm=entry.get("grad_norm"),
+        terms=terms,
+    )
 
 
 def _warn_if_unmoved(model: PeftModel, start: Mapping[str, Tensor], steps: int) -> None:

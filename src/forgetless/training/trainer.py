@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from trl import SFTTrainer
 from forgetless.errors import ArtefactError, TrainingError
 from forgetless.training.checkpoint import refuse_silent_loss, write_started
 from forgetless.training.loss import completion_loss, count_predicted
+from forgetless.training.regularisers.base import Term
+from forgetless.training.terms import TermsAtWork
 
 # Elements of the logits of one forward pass, 1 GiB in float32; TRL computes larger ones in tiles.
 LARGEST_LOGITS = 2**28
@@ -23,10 +26,19 @@ LARGEST_LOGITS = 2**28
 class AdapterTrainer(SFTTrainer):
     """SFTTrainer for one adapter: saves it alone, restores and decays all of it, prints nothing."""
 
-    def __init__(self, model: PeftModel, *, adapter: str, **arguments: Any) -> None:
-        """Take an attached model and SFTTrainer's own arguments."""
+    def __init__(
+        self,
+        model: PeftModel,
+        *,
+        adapter: str,
+        terms: Mapping[str, Term] | None = None,
+        **arguments: Any,
+    ) -> None:
+        """Take an attached model, regularisers bound to it, and SFTTrainer's own arguments."""
         super().__init__(model=model, **arguments)
         self._adapter = adapter
+        self._terms = TermsAtWork(terms or {})
+        self.add_callback(self._terms)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
 
@@ -50,6 +62,26 @@ class AdapterTrainer(SFTTrainer):
         inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of the train rows, and while training the regularisers' terms."""
+        loss = self._rows_loss(model, inputs, return_outputs, num_items_in_batch)
+        if return_outputs or not model.training or not self._terms:
+            return loss
+        count = self.current_gradient_accumulation_steps
+        extra = self._terms.loss(model, self.state.global_step, count)
+        # The trainer divides by `count` what no number of items has normalised.
+        return loss + (extra if num_items_in_batch is not None else extra * count)
+
+    def log(self, logs: dict[str, float], *arguments: Any) -> None:
+        """The trainer's log, with the mean of each term since the last one."""
+        super().log(logs | self._terms.means() if "loss" in logs else logs, *arguments)
+
+    def _rows_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool,
+        num_items_in_batch: Tensor | int | None,
     ) -> Any:
         """TRL's loss; on a CPU (or MPS) computed from the completion's positions only."""
         base = self.model.get_base_model()

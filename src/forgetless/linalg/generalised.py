@@ -1,0 +1,89 @@
+"""Two moments against each other: C₊ v = γ C₋ v."""
+
+# Shape letters: O = layer output width, D = layer input width, R = rank, K = min(D, O).
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from forgetless.linalg.precision import full_precision, solving_dtype
+from forgetless.linalg.subspace import check_rank
+
+
+def generalised_basis(
+    plus_DD: Tensor, minus_DD: Tensor, rank: int, *, ridge: float
+) -> tuple[Tensor, Tensor]:
+    """Orthonormal basis of the R leading generalised eigenvectors of C₊ v = γ (C₋ + ridge I) v.
+
+    Solved through a Cholesky factor, in float64 where `solving_dtype` says so.
+
+    Args:
+        plus_DD: C₊, symmetric, positive semidefinite, activation².
+        minus_DD: C₋, the same.
+        rank: R, 1 <= R <= D.
+        ridge: Above 0, activation².
+
+    Returns:
+        basis_DR, whose first columns span the first eigenvectors, and gamma_R, descending; in the
+        dtype of `plus_DD`.
+
+    Raises:
+        ValueError: rank outside 1..D, or a ridge that is not above 0.
+    """
+    check_rank(rank, plus_DD.shape[0])
+    if not ridge > 0:
+        raise ValueError(f"generalised basis: expected a ridge above 0, got {ridge}; raise it")
+    wide = solving_dtype(plus_DD)
+    with full_precision():
+        gamma_D, vectors_DD = _solve(plus_DD.to(wide), minus_DD.to(wide), ridge)
+        basis_DR = torch.linalg.qr(vectors_DD[:, :rank]).Q
+    return basis_DR.to(plus_DD).contiguous(), gamma_D[:rank].to(plus_DD)
+
+
+def largest_beta(weight_OD: Tensor, plus_DD: Tensor, minus_DD: Tensor, rank: int) -> float:
+    """The largest β at which R directions of the output still earn a reward that is not negative.
+
+    (1 - β) C₊ - β C₋, with C± = W S± Wᵀ, has as many positive eigenvalues as there are γ above
+    β / (1 - β) in C₊ v = γ C₋ v (Sylvester), so β* = γ_R / (1 + γ_R). Directions without energy on
+    either side are outside of the problem: where they are needed for R, β* is 0.
+
+    Args:
+        weight_OD: W; append the bias as a column (`augment_bias`) where the layer has one.
+        plus_DD: S₊, second moment of train inputs.
+        minus_DD: S₋, of preserve inputs.
+        rank: R, 1 <= R <= min(D, O).
+
+    Raises:
+        ValueError: rank outside 1..min(D, O).
+
+    Source: SC-LoRA's reward, arXiv:2505.23724, Alg. 1; the choice of β is ours.
+    """
+    num_out, num_in = weight_OD.shape
+    check_rank(rank, min(num_out, num_in))
+    wide = solving_dtype(weight_OD)
+    with full_precision():
+        weight = weight_OD.to(wide)
+        core_KD = weight if num_out <= num_in else torch.linalg.qr(weight).R
+        plus_KK, minus_KK = (_congruent(core_KD, s.to(wide)) for s in (plus_DD, minus_DD))
+        tolerance = torch.finfo(plus_DD.dtype).eps
+        ridge = tolerance * float(plus_KK.diagonal().sum() + minus_KK.diagonal().sum())
+        if ridge == 0.0:
+            return 0.0
+        gamma = float(_solve(plus_KK, minus_KK, ridge)[0][rank - 1])
+    return max(gamma, 0.0) / (1 + max(gamma, 0.0))
+
+
+def _congruent(core_KD: Tensor, moment_DD: Tensor) -> Tensor:
+    product_KK = core_KD @ moment_DD @ core_KD.T
+    return (product_KK + product_KK.T) / 2
+
+
+def _solve(plus: Tensor, minus: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """All γ, descending, and their eigenvectors."""
+    lower = torch.linalg.cholesky(minus + ridge * torch.eye(len(minus)).to(minus))
+    half = torch.linalg.solve_triangular(lower, plus, upper=False)
+    whitened = torch.linalg.solve_triangular(lower, half.T, upper=False)
+    gamma, vectors = torch.linalg.eigh((whitened + whitened.T) / 2)
+    found = torch.linalg.solve_triangular(lower.T, vectors.flip(1), upper=True)
+    return gamma.flip(0), found
