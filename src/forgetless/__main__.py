@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+
+# What they log while they are imported, and PEFT imports them where they are installed, is of
+# kernels for GPUs: not for users of the command line. An import of forgetless changes no logger.
+TALKATIVE = ("bitsandbytes", "torchao", "torch.utils._pytree")
 
 
 def main() -> None:
     """Load the command line, which takes a moment, and run it."""
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         from forgetless.cli import main as command_line
 

@@ -70,6 +70,7 @@ class TrainingRecipe(_Part):
         validation_rows: Rows held out of the train data for a validation NLL.
         bf16: Train under bf16 autocast; where not given, where the hardware is fast at it and
             `dtype` does not ask for float32.
+        lora_plus_ratio: Rate of B over that of A (LoRA+); one rate for both where not given.
         regularisers: What else holds the model back while it trains: names, or mappings of a name
             and options, as `forgetless methods` lists them.
     """
@@ -89,6 +90,7 @@ class TrainingRecipe(_Part):
     report_to: tuple[str, ...] = ()
     validation_rows: int = Field(default=0, ge=0)
     bf16: bool | None = None
+    lora_plus_ratio: float | None = Field(default=None, gt=0)
     regularisers: list[dict[str, Any]] = []
 
     @field_validator("report_to", mode="before")
@@ -159,6 +161,8 @@ class Recipe(_Part):
         revision: Commit or tag of a hub model.
         trust_remote_code: Whether code that comes with a model may run.
         dtype: Of the base model; `auto` is what the hardware is good at.
+        quantization: How to quantise the base's linear layers below the head while it is loaded;
+            `none` leaves the checkpoint as it is, which may be quantised already.
         device: Where it runs; `auto` is one GPU, else MPS, else the CPU.
         method: `name` and options, as `forgetless methods` lists them; a name alone will do.
         train_data: What to learn.
@@ -177,6 +181,7 @@ class Recipe(_Part):
     revision: str | None = None
     trust_remote_code: bool = False
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["none", "nf4", "int8", "torchao-int8"] = "none"
     device: str = "auto"
     method: dict[str, Any]
     train_data: Annotated[list[DataSpec], _parse_named("train_data")] = Field(min_length=1)

@@ -482,3 +482,19 @@ def test_a_recipe_whose_regulariser_lacks_data_or_a_form_is_refused(make_recipe)
         make_recipe(training={"regularisers": ["project"]})
     with pytest.raises(ForgetlessError, match="did you mean drift"):
         make_recipe(training={"regularisers": ["drfit"]})
+
+
+def test_a_folder_of_an_earlier_version_lacks_the_newer_keys_and_is_taken_up(make_recipe):
+    recipe = make_recipe()
+    run(recipe)
+    written = recipe.output / "recipe.yaml"
+    tree = yaml.safe_load(written.read_text())
+    assert tree.pop("quantization") == "none"
+    assert tree["training"].pop("regularisers") == []
+    assert tree["training"].pop("lora_plus_ratio") is None
+    written.write_text(yaml.safe_dump(tree))
+    before = (recipe.output / "record.json").stat().st_mtime_ns
+    run(recipe)
+    assert (recipe.output / "record.json").stat().st_mtime_ns == before
+    with pytest.raises(RecipeError, match=r"differs in training\.regularisers"):
+        run(make_recipe(training={"regularisers": ["kl"]} | tree["training"]))

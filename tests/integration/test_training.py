@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import logging
 from pathlib import Path
@@ -412,3 +413,35 @@ def test_mean_nll_leaves_the_mode_alone(tiny_model, tiny_tokenizer):
     model = adapted(tiny_model).train()
     mean_nll(model, tiny_tokenizer, token_rows(2))
     assert model.training
+
+
+@pytest.mark.parametrize("form", ALL_FORMS)
+def test_lora_plus_trains_b_at_its_own_rate_and_only_b(
+    make_tiny_model, tiny_tokenizer, tmp_path, form
+):
+    """One step of Adam moves every entry by the rate of its group."""
+    rate, ratio = 1e-3, 8.0
+    model = adapted(make_tiny_model(), form)
+    before = adapter_state(model)
+    steps = options(
+        learning_rate=rate, max_steps=1, scheduler="constant", warmup_ratio=0.0, max_grad_norm=0.0
+    )
+    train(
+        model,
+        tiny_tokenizer,
+        token_rows(8),
+        options=dataclasses.replace(steps, lora_plus_ratio=ratio),
+        output=tmp_path / form,
+        seed=0,
+    )
+    seen = set()
+    for name, tensor in adapter_state(model).items():
+        moved = (tensor - before[name]).abs()
+        if not moved.any():
+            continue
+        side = "b" if ".lora_B." in name else "a"
+        seen.add(side)
+        expected = rate * (ratio if side == "b" else 1)
+        assert float(moved.max()) == pytest.approx(expected, rel=1e-2), name
+    # A of `plain` has no gradient while B is zero.
+    assert seen == {"plain": {"b"}, "a": {"a"}, "b": {"b"}, "both": {"a", "b"}}[form]

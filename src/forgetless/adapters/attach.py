@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from forgetless.adapters.arguments import check_arguments
 from forgetless.adapters.forms import FORMS, adapted_layers
 from forgetless.adapters.in_place import check_startable
+from forgetless.adapters.peft_layers import refuse_unholdable
 from forgetless.adapters.variant import LIVE_BOTH
 from forgetless.calibration.calibrate import calibrate, check_token_count
 from forgetless.calibration.engine import SiteMoments
@@ -28,6 +29,7 @@ from forgetless.data.spec import DataInput, parse_data
 from forgetless.errors import AdapterError, ForgetlessWarning, MethodError
 from forgetless.methods import MethodInput, make_method
 from forgetless.methods.base import LayerWeights, Method, Role, SiteStatistics
+from forgetless.models.bitsandbytes_cpu import keep_trainable_layout
 from forgetless.models.targets import (
     Target,
     TargetSelection,
@@ -122,8 +124,10 @@ def attach(
         seed=seed,
     )
     made = make_method(method, rank)
+    selection = find_targets(model, targets)
+    refuse_unholdable(model, made, selection.targets)  # before `self` is sampled
     if targets is None:
-        _warn_of_skips(find_targets(model))
+        _warn_of_skips(selection)
     given: dict[Role, DataInput | None] = {"train": train_data, "preserve": preserve_data}
     row_sets: dict[Role, list[RowSet]] = {}
     for role in sorted(made.needs):
@@ -171,12 +175,15 @@ def attach_rows(
     `progress` is called with the role, the rows done, and all rows.
     """
     refuse_touched_base(model)
+    keep_trainable_layout(model)
     base = base_of(model)
     if isinstance(model, PeftModel) and adapter in model.peft_config:
         check_startable(model, method, adapter)
     selection = find_targets(model, targets)
     for target in selection.targets.values():
         method.check_layer(target.name, target.in_features, target.out_features)
+    if not (isinstance(model, PeftModel) and adapter in model.peft_config):
+        refuse_unholdable(model, method, selection.targets)
     refuse_overlap({role: row_sets.get(role, ()) for role in sorted(method.needs | also)})
     moments = {role: found for role, found in (collected or {}).items() if role in method.needs}
     for role in sorted((method.needs | also) - moments.keys()):

@@ -21,13 +21,14 @@ from forgetless.adapters.forms import FORMS, adapted_layers, factors
 from forgetless.adapters.plain_lora import refuse_changed_base
 from forgetless.adapters.variant import FIXED_A, LIVE_BOTH, BothVariant
 from forgetless.errors import AdapterError, ArtefactError
+from forgetless.models.bitsandbytes_cpu import keep_trainable_layout
 from forgetless.models.untouched import refuse_touched_base
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 # What PEFT raises over a configuration, or tensors, that do not fit a base; its own derive from
 # these, and a ForgetlessError is never raised inside the calls guarded by them.
-_PEFT_ERRORS = (ValueError, TypeError, KeyError, AttributeError, RuntimeError)
+PEFT_ERRORS = (ValueError, TypeError, KeyError, AttributeError, RuntimeError)
 
 
 def load_adapter(
@@ -57,6 +58,7 @@ def load_adapter(
     if isinstance(base, PeftModel) and adapter in base.peft_config:
         raise AdapterError(f"adapter {adapter!r}: already there; give adapter= another name")
     refuse_touched_base(base)
+    keep_trainable_layout(base)
     config = _read_config(folder)
     tensors = _read_tensors(folder)
     check_base(base, folder / WEIGHTS, config.base_model_name_or_path)
@@ -120,9 +122,9 @@ def _read_config(folder: Path) -> LoraConfig:
         )
     try:
         config = LoraConfig.from_pretrained(str(folder))
-    except _PEFT_ERRORS as error:
+    except PEFT_ERRORS as error:
         raise AdapterError(
-            f"{path}: expected a LoRA configuration, got {_first_line(error)}; save it again"
+            f"{path}: expected a LoRA configuration, got {first_line(error)}; save it again"
         ) from error
     if isinstance(config.init_lora_weights, str):
         # The tensors are overwritten: never re-run a data-driven init of another library.
@@ -150,9 +152,9 @@ def _inject(
             base.add_adapter(adapter, config)
             return base
         return get_peft_model(base, config, adapter_name=adapter)
-    except _PEFT_ERRORS as error:
+    except PEFT_ERRORS as error:
         raise AdapterError(
-            f"{folder}: does not fit this base model ({_first_line(error)}); "
+            f"{folder}: does not fit this base model ({first_line(error)}); "
             "load it on the model that it was trained on"
         ) from error
 
@@ -191,9 +193,9 @@ def _fill(model: PeftModel, tensors: dict[str, Tensor], adapter: str, folder: Pa
     """Load, and refuse what PEFT would pass over: missing and unexpected keys, wrong shapes."""
     try:
         result = set_peft_model_state_dict(model, tensors, adapter_name=adapter)
-    except _PEFT_ERRORS as error:
+    except PEFT_ERRORS as error:
         lines = str(error).splitlines()
-        first = lines[1].strip() if len(lines) > 1 else _first_line(error)
+        first = lines[1].strip() if len(lines) > 1 else first_line(error)
         raise AdapterError(f"{folder}: does not fit this base model ({first})") from error
     missing = [k for k in result.missing_keys if "lora_" in k and f".{adapter}." in k]
     if missing or result.unexpected_keys:
@@ -208,6 +210,7 @@ def _fill(model: PeftModel, tensors: dict[str, Tensor], adapter: str, folder: Pa
                 raise ArtefactError(f"{folder}: layer {name} holds NaN or inf; train it again")
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Of what a library said, without the full stop; its type where it said nothing."""
     text = str(error).strip()
     return text.splitlines()[0].rstrip(".")[:300] if text else type(error).__name__

@@ -22,6 +22,8 @@ from forgetless.adapters.round_trip import RoundTrip, check_merged
 from forgetless.adapters.whole_folder import written_into
 from forgetless.errors import AdapterError
 from forgetless.linalg.precision import full_precision
+from forgetless.models.dequantize import is_quantized
+from forgetless.models.quantization import quantization_of
 from forgetless.models.targets import base_of, module_suffixes
 
 
@@ -94,6 +96,7 @@ def save_merged(
     """
     folder = Path(folder)
     refuse_what_plain_lora_cannot_hold(model, adapter)
+    _refuse_quantized(model, adapter)
     base = base_of(model)
     # Of other adapters too: their factors, and modules that they train in full.
     state = {
@@ -102,10 +105,6 @@ def save_merged(
         if ".lora_" not in key and ".modules_to_save." not in key
     }
     for name, layer in adapted_layers(model, adapter).items():
-        if not layer.get_base_layer().weight.is_floating_point():
-            raise AdapterError(
-                f"merge: layer {name} is quantised; load the base unquantised and merge there"
-            )
         a_RD, b_OR = factors(layer, adapter)
         with full_precision():
             delta_OD = (b_OR @ a_RD) * scale
@@ -130,6 +129,17 @@ def save_merged(
         if tokenizer is not None:
             tokenizer.save_pretrained(str(workplace))
     return folder
+
+
+def _refuse_quantized(model: PeftModel, adapter: str) -> None:
+    """PEFT would merge there, and quantise the sum anew: another model than the one trained."""
+    for name, layer in adapted_layers(model, adapter).items():
+        if is_quantized(layer.get_base_layer()):
+            kind = quantization_of(base_of(model).config) or "by hand"
+            raise AdapterError(
+                f"merge: expected a full-precision base, got layer {name} quantised ({kind}); "
+                "export the adapter, open it on the full-precision base, and merge there"
+            )
 
 
 def _cast(state: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:

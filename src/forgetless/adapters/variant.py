@@ -9,11 +9,14 @@ method here.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import Linear, LoraVariant
+from peft.tuners.lora.layer import LoraVariant
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import transpose
 from torch import Tensor, nn
 
@@ -26,11 +29,6 @@ from forgetless.linalg.precision import full_precision
 LIVE_BOTH = "forgetless-both: run forgetless export first"
 FIXED_A = "lora_fixed_A"
 FIXED_B = "lora_fixed_B"
-# Named by module, since PEFT imports these only where the quantisation library is installed. AWQ,
-# AQLM, EETQ and TransformerEngine layers never look at variants.
-CALLING_MODULES = frozenset(
-    {"peft.tuners.lora.bnb", "peft.tuners.lora.hqq", "peft.tuners.lora.gptq"}
-)
 
 
 class BothVariant(LoraVariant):
@@ -66,14 +64,20 @@ class BothVariant(LoraVariant):
         """Refuse a layer that cannot hold this form.
 
         Raises:
-            AdapterError: Dropout, or a layer kind whose forward ignores variants.
+            AdapterError: Dropout, or a layer kind whose forward or merge ignores variants.
         """
         if not isinstance(layer.lora_dropout[adapter], nn.Identity):
             raise AdapterError("trains: both: expected LoRA dropout 0; use trains: a or trains: b")
-        if not _calls_variants(layer):
+        where = f"trains: both: PEFT's {type(layer).__name__}"
+        if not _looks_at_variants(type(layer).forward):
             raise AdapterError(
-                f"trains: both: {type(layer).__module__}.{type(layer).__name__} never calls a "
-                "variant and would train nothing; use trains: a or trains: b"
+                f"{where} never calls a variant and would train nothing; use trains: a or trains: b"
+            )
+        merge = type(layer).merge
+        if merge is not BaseTunerLayer.merge and not _looks_at_variants(merge):
+            raise AdapterError(
+                f"{where} merges without calling the variant, so that a merged model would lack "
+                "most of the update; use trains: a or trains: b"
             )
 
     def supports_lora_conversion(self) -> bool:
@@ -124,6 +128,10 @@ def _delta(layer: LoraLayer, adapter: str, like: Tensor) -> Tensor:
     return (transpose(delta_OD, layer.fan_in_fan_out) * layer.scaling[adapter]).to(like.dtype)
 
 
-def _calls_variants(layer: LoraLayer) -> bool:
-    """Whether PEFT's class for this kind of base layer consults `lora_variant` in its forward."""
-    return isinstance(layer, Linear) or type(layer).__module__ in CALLING_MODULES
+def _looks_at_variants(method: Callable[..., Any]) -> bool:
+    """Whether a method of one of PEFT's layers reads `lora_variant`.
+
+    Read off its code, as nothing tells it that works without a GPU and the layer's library; a
+    contract test compares with what the layers do when they are called.
+    """
+    return "lora_variant" in inspect.unwrap(method).__code__.co_names

@@ -208,6 +208,12 @@ def export_adapter(
             help="Data like those that the adapter is used on: the cut loses least there.",
         ),
     ] = None,
+    quantization: Annotated[
+        str,
+        typer.Option(
+            metavar="nf4|int8|…", help="Quantise the base while it is loaded: less memory."
+        ),
+    ] = "none",
     merge: Annotated[bool, typer.Option("--merge", help="The same as --target merged.")] = False,
     samples: Annotated[
         str,
@@ -243,6 +249,7 @@ def export_adapter(
                 scale=scale,
                 max_rank=max_rank,
                 moments_data=moments_data,
+                quantization=quantization,
                 samples=cast("Samples", samples),
                 progress=progress,
             )

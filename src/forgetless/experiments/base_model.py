@@ -20,6 +20,10 @@ def load_base(recipe: Recipe, progress: Progress) -> LoadedModel:
         device=recipe.device,
         revision=recipe.revision,
         trust_remote_code=recipe.trust_remote_code,
+        quantization=recipe.quantization,
     )
-    progress.note(f"model {loaded.name} on {loaded.device} in {dtype_name(loaded.dtype)}")
+    quantised = f", quantised: {loaded.quantization}" if loaded.quantization else ""
+    progress.note(
+        f"model {loaded.name} on {loaded.device} in {dtype_name(loaded.dtype)}{quantised}"
+    )
     return loaded

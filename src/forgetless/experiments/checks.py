@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from forgetless.adapters.peft_layers import refuse_unholdable
 from forgetless.data.loading import check_rows
 from forgetless.data.overlap import refuse_overlap
 from forgetless.data.rows import RowSet
@@ -62,11 +63,14 @@ def check_layers(recipe: Recipe, method: Method, loaded: LoadedModel) -> None:
     """Refuse targets that the model does not have, and ranks that its layers cannot hold.
 
     Raises:
-        AdapterError: A pattern that matches no layer, or the output head.
+        AdapterError: A pattern that matches no layer, or the output head; a layer that cannot hold
+            the method's adapter.
         MethodError: A layer that the method cannot start on.
     """
-    for target in find_targets(loaded.model, recipe.targets).targets.values():
+    targets = find_targets(loaded.model, recipe.targets).targets
+    for target in targets.values():
         method.check_layer(target.name, target.in_features, target.out_features)
+    refuse_unholdable(loaded.model, method, targets)
 
 
 def data_of(recipe: Recipe) -> list[DataSpec]:

@@ -100,4 +100,5 @@ def _model_facts(loaded: LoadedModel, attached: Attached) -> ModelFacts:
         parameters=base.num_parameters() - adapter,
         dtype=dtype_name(loaded.dtype),
         device=str(loaded.device),
+        quantization=loaded.quantization,
     )

@@ -78,6 +78,7 @@ def export_folder(
     scale: float = 1.0,
     max_rank: int | None = None,
     moments_data: str | None = None,
+    quantization: str = "none",
     samples: Samples = "none",
     progress: Progress | None = None,
 ) -> Exported:
@@ -93,6 +94,7 @@ def export_folder(
         max_rank: Cut the rank to this, losing least on `moments_data`; the figures go into
             `compression.json` beside the export.
         moments_data: A path, a hub id, `self`, or a data spec as YAML.
+        quantization: How to quantise the base while it is loaded, to compare in less memory.
         samples: Which of the run's generated texts the model card shows: `none`, `shareable`
             (not those of `self` data and of items with `redistributable: false`), or `all`.
         progress: Hears of the phases, and of warnings.
@@ -118,7 +120,7 @@ def export_folder(
     with libraries_quiet(), warnings_heard(heard.warn):
         with heard.phase("load"):
             # In float32, so that the comparison shows errors of the export and not rounding.
-            loaded = load_model(name, dtype="float32", revision=revision)
+            loaded = load_model(name, dtype="float32", revision=revision, quantization=quantization)
             peft_model = load_adapter(loaded.model, folder)
             refuse_what_plain_lora_cannot_hold(peft_model)
         job = ExportJob(

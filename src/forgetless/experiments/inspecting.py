@@ -106,6 +106,7 @@ def _facts(record: Record) -> dict[str, Any]:
         "created": record.created,
         "model": record.model.name,
         "dtype": record.model.dtype,
+        "quantization": record.model.quantization,
         "fingerprint": record.model.fingerprint,
         "method": record.method,
         "seed": record.seed,

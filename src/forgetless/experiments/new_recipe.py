@@ -178,6 +178,7 @@ def _text(
         "# Paths are relative to the folder in which the command runs.",
         "",
         _line("model", model, "hub id, path, or demo"),
+        _noted("# quantization: nf4", "or int8, torchao-int8"),
         _line("method", {"name": method, "rank": 32}, "forgetless methods lists them"),
         "",
         "# What is to be learned. {column} is filled in from each row.",

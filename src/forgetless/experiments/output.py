@@ -32,6 +32,11 @@ _FREE = frozenset(
 SHOWING = frozenset({"label", "claims"})
 # What changes the figures, but not the adapter: a run that is trained is measured again.
 _MEASURING = frozenset({"evaluation", *SHOWING})
+# Keys that folders of earlier versions lack, by part, with what those versions did.
+_ADDED: Mapping[str | None, Mapping[str, Any]] = {
+    None: {"quantization": "none"},
+    "training": {"lora_plus_ratio": None, "regularisers": []},
+}
 _BANK_SECONDS = 5.0
 
 
@@ -93,7 +98,7 @@ class RunFolder:
             found = yaml.safe_load(self.recipe.read_text(encoding="utf-8"))
         except (FileNotFoundError, yaml.YAMLError, UnicodeDecodeError):
             return {}
-        return found if isinstance(found, dict) else {}
+        return _completed(found) if isinstance(found, dict) else {}
 
     def _given_up(self, found: Mapping[str, Any], mine: Mapping[str, Any]) -> bool:
         """Whether the folder holds a run's recipe and nothing that took time to make.
@@ -105,6 +110,16 @@ class RunFolder:
             and latest_checkpoint(self.checkpoints) is None
             and found.keys() == mine.keys()
         )
+
+
+def _completed(found: dict[str, Any]) -> dict[str, Any]:
+    """The recipe of a run of an earlier version, with the keys that came later."""
+    for part, added in _ADDED.items():
+        place = found if part is None else found.get(part)
+        if isinstance(place, dict):
+            for key, value in added.items():
+                place.setdefault(key, value)
+    return found
 
 
 class Clock:

@@ -98,6 +98,7 @@ def _facts_of(run: Run) -> dict[str, str]:
         "fingerprint": model.fingerprint,
         "architecture": f"{model.architecture}, {count_text(model.parameters)} parameters",
         "runs on": f"{model.device}, {model.dtype}",
+        "quantisation": model.quantization or "none",
         "made": record.created,
         "seed": str(record.seed),
         "method": ", ".join(f"{key} {value}" for key, value in record.method.items()),

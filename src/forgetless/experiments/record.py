@@ -34,7 +34,7 @@ class _Part(BaseModel):
 
 
 class ModelFacts(_Part):
-    """Which base model: as named in the recipe, and by content."""
+    """Which base model: as named in the recipe, and by content; `quantization` in words."""
 
     name: str
     revision: str | None
@@ -43,6 +43,7 @@ class ModelFacts(_Part):
     parameters: int
     dtype: str
     device: str
+    quantization: str | None = None
 
 
 class DataFacts(_Part):

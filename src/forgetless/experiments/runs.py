@@ -222,10 +222,13 @@ def _generation_limits(run: Run, side: Side, item: str) -> set[Any]:
 
 
 def _models_differ(runs: Sequence[Run]) -> str:
-    """How: the same model in another dtype is another base, but not another model."""
+    """How: the same model in another dtype or quantisation is another base, not another model."""
     models = [run.record.model for run in runs]
     alike = {(m.name, m.revision, m.architecture, m.parameters) for m in models}
     dtypes = list(dict.fromkeys(m.dtype for m in models))
+    kinds = list(dict.fromkeys(m.quantization or "full precision" for m in models))
+    if len(alike) == 1 and len(kinds) > 1:
+        return f"the base model was loaded in {join_words(kinds)}"
     if len(alike) == 1 and len(dtypes) > 1:
         return f"the base model was loaded in {join_words(dtypes)}"
     return "the base models differ"

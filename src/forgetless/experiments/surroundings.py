@@ -18,6 +18,11 @@ _PACKAGES = (
     "tokenizers",
     "safetensors",
     "numpy",
+    # Where a base is quantised.
+    "bitsandbytes",
+    "torchao",
+    "gptqmodel",
+    "hqq",
     # The demo's model, task and facts.
     "gguf",
     "reasoning-gym",

@@ -12,7 +12,12 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from forgetless.models.bitsandbytes_cpu import keep_trainable_layout
+from forgetless.models.dequantize import is_quantized
 
 # Configuration keys that say nothing about what the model computes: where it came from and what
 # wrote it, what the tensors tell already, and what training libraries change on the way.
@@ -42,17 +47,19 @@ def model_fingerprint(model: nn.Module) -> str:
     an embedding make another model; of the configuration all but `IGNORED_KEYS`, and the
     implementation of attention. PEFT's tensors and the names it adds
     are left out, so that the value, 16 hex digits, is the same with and without adapters. Tied
-    parameters count once. Buffers that a checkpoint holds count too: some quantised layers keep
-    their weights there.
+    parameters count once. Buffers that a checkpoint holds count too, and the scales of quantised
+    layers, wherever these keep them.
     """
+    keep_trainable_layout(model)
     state = hashlib.sha256()
     seen: set[int] = set()
-    for name, tensor in _base_tensors(model, ""):
+    for name, tensor in list(_base_tensors(model, "")):  # a list: none is freed, no id comes twice
         if id(tensor) in seen:
             continue
         seen.add(id(tensor))
         state.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\0".encode())
-        state.update(_bytes(tensor))
+        for part in _plain_parts(tensor):
+            state.update(_bytes(part))
     state.update(_architecture(model).encode())
     return state.hexdigest()[:16]
 
@@ -73,11 +80,50 @@ def rounded_fingerprint(model: nn.Module) -> str | None:
         if id(tensor) in seen or tensor.dtype in (torch.bool, torch.int64):  # masks, positions
             continue
         seen.add(id(tensor))
-        if tensor.dtype not in (torch.float32, torch.bfloat16):
+        if not _rounds_alike(tensor):
             return None
-        state.update(f"{name} {tuple(tensor.shape)}\0".encode())
-        state.update(_bytes(tensor.detach().to(torch.bfloat16)))
+        _add_rounded(state, name, tensor)
     return state.hexdigest()[:16]
+
+
+def unquantized_fingerprint(model: nn.Module) -> str | None:
+    """Hash of what no quantisation touches, rounded to bfloat16: embeddings and norms.
+
+    The same for a base and for that base quantised in any way, so that an adapter may be opened on
+    either; two bases that differ in their linear layers alone are not told apart.
+
+    Returns:
+        16 hex digits; None where an embedding is quantised, or held in float16.
+    """
+    state = hashlib.sha256()
+    found = 0
+    base = _without_peft(model)
+    linear = {name for name, module in _base_modules(base, "") if _is_linear(module)}
+    for name, tensor in _base_tensors(base, ""):
+        if tensor.ndim > 2 or not isinstance(tensor, nn.Parameter):  # experts, buffers
+            continue
+        if name.rpartition(".")[0] in linear:
+            continue
+        if not _rounds_alike(tensor):
+            return None
+        _add_rounded(state, name, tensor)
+        found += 1
+    return state.hexdigest()[:16] if found else None
+
+
+def _rounds_alike(tensor: Tensor) -> bool:
+    """Whether a tensor rounded to bfloat16 is what its source rounded to bfloat16 is."""
+    is_plain = not is_traceable_wrapper_subclass(tensor)
+    return is_plain and tensor.dtype in (torch.float32, torch.bfloat16)
+
+
+def _add_rounded(state: Any, name: str, tensor: Tensor) -> None:
+    state.update(f"{name} {tuple(tensor.shape)}\0".encode())
+    state.update(_bytes(tensor.detach().to(torch.bfloat16)))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D) or hasattr(module, "in_features")
 
 
 def _base_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
@@ -88,8 +134,36 @@ def _base_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]
     if buffers:
         stored = module.state_dict(keep_vars=True)
         yield from ((prefix + name, buffers[name]) for name in buffers if name in stored)
+    yield from ((prefix + name, tensor) for name, tensor in _scales(module).items())
     for name, child in module.named_children():
         yield from _base_tensors(child, f"{prefix}{name}.")
+
+
+def _base_modules(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    """Modules by the names that `_base_tensors` gives, without the last dot."""
+    module = _without_peft(module)
+    yield prefix.removesuffix("."), module
+    for name, child in module.named_children():
+        yield from _base_modules(child, f"{prefix}{name}.")
+
+
+def _scales(module: nn.Module) -> dict[str, Tensor]:
+    """What a quantised layer's checkpoint holds besides its parameters and buffers."""
+    if not hasattr(module, "in_features") or not is_quantized(module):
+        return {}
+    known = {*dict(module.named_parameters()), *dict(module.named_buffers())}
+    stored = module.state_dict(keep_vars=True)
+    return {k: v for k, v in stored.items() if isinstance(v, Tensor) and k not in known}
+
+
+def _plain_parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The plain tensors that a quantised one consists of; else the tensor itself."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    names, _ = tensor.__tensor_flatten__()
+    for name in names:
+        yield from _plain_parts(getattr(tensor, name))
 
 
 def _without_peft(module: nn.Module) -> nn.Module:

@@ -24,10 +24,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from forgetless.errors import ModelError
+from forgetless.models.bitsandbytes_cpu import keep_trainable_layout
 from forgetless.models.cache import cache_dir
 from forgetless.models.demo_model import demo_model_path
 from forgetless.models.fingerprint import model_fingerprint
 from forgetless.models.hardware import describe_hardware, has_fast_bf16, pick_device, pick_dtype
+from forgetless.models.quantization import quantization_config, quantization_of
 
 __all__ = [
     "DEMO",
@@ -59,6 +61,7 @@ class LoadedModel:
         revision: Commit on the hub where it is known, else the revision asked for.
         device: Where the model is.
         dtype: Of its floating-point parameters as loaded.
+        quantization: How its linear layers are quantised, in words; None where they are not.
     """
 
     model: PreTrainedModel
@@ -67,6 +70,7 @@ class LoadedModel:
     revision: str | None
     device: torch.device
     dtype: torch.dtype
+    quantization: str | None = None
 
 
 def load_model(
@@ -76,6 +80,7 @@ def load_model(
     device: str | torch.device = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    quantization: str = "none",
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer; prints nothing.
 
@@ -85,10 +90,12 @@ def load_model(
         device: `auto` takes one CUDA device, else MPS, else the CPU.
         revision: Branch, tag or commit of a hub model.
         trust_remote_code: Run Python code that comes with the model.
+        quantization: How to quantise the linear layers below the head on the way; `none` leaves the
+            checkpoint as it is, which may be quantised already.
 
     Raises:
         ModelError: The model cannot be found or loaded, is no causal language model, or lacks
-            weights.
+            weights; or it cannot be quantised so.
     """
     where = _device(device)
     precision = _dtype(dtype, where)
@@ -98,8 +105,20 @@ def load_model(
     with _no_progress_bars() if Path(source).is_dir() else nullcontext():
         config = _config(name, source, options)
         tokenizer = _tokenizer(name, source, options)
+        wanted = quantization_config(quantization, precision, config)
+        if wanted is not None:
+            options["quantization_config"] = wanted
         model = _weights(name, source, config, precision, where, options)
-    return LoadedModel(model.eval(), tokenizer, name, _commit(source, revision), where, precision)
+    keep_trainable_layout(model)
+    return LoadedModel(
+        model=model.eval(),
+        tokenizer=tokenizer,
+        name=name,
+        revision=_commit(source, revision),
+        device=where,
+        dtype=precision,
+        quantization=quantization_of(model.config),
+    )
 
 
 def base_reference(name: str) -> str:
@@ -224,7 +243,7 @@ def _weights(
     device: torch.device,
     options: dict[str, Any],
 ) -> PreTrainedModel:
-    quantised = "quantization_config" in config.to_dict()
+    quantised = "quantization_config" in {**config.to_dict(), **options}
     # Quantised layers are made on their device and cannot all be moved to it afterwards.
     placement = {"device_map": {"": device}} if quantised else {}
     try:

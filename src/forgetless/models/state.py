@@ -11,6 +11,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from forgetless.models.bitsandbytes_cpu import keep_trainable_layout
+
 
 @contextmanager
 def left_as_found(model: nn.Module) -> Iterator[None]:
@@ -19,8 +21,10 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
     Each module's mode is restored on its own: a PeftModel that was just made is in training mode
     around a base in eval mode, and `train()` on it would switch the base's dropout on. Each
     parameter's flag is, because leaving `disable_adapter()` and `set_adapter()` thaw adapter
-    weights that were frozen by hand. Modules that were added meanwhile are left alone.
+    weights that were frozen by hand. Modules that were added meanwhile are left alone. 4-bit layers
+    keep the layout that they can be trained in.
     """
+    keep_trainable_layout(model)
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     active = list(model.active_adapters) if isinstance(model, PeftModel) else []

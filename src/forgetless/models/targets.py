@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.integrations import dequantize_module_weight
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from forgetless.errors import AdapterError
+from forgetless.models.dequantize import dense_weight, is_quantized
 
 HEAD, EMBEDDING = "output head", "embedding"
 USUAL_REASONS = (HEAD, EMBEDDING)  # layers that nobody expects to get an adapter
@@ -32,7 +32,7 @@ class Target:
 
     Attributes:
         name: Path in the base model, as `model.named_modules()` of the untouched base gives it.
-        module: The base layer itself: nn.Linear (or a quantised subclass) or Conv1D.
+        module: The base layer itself: nn.Linear, Conv1D, or a quantised layer of any library.
         in_features: D.
         out_features: O.
     """
@@ -44,14 +44,14 @@ class Target:
 
     def weight_OD(self) -> Tensor:
         """The weight, (O, D), dequantised, float32 or wider; not to be written to."""
-        weight = dequantize_module_weight(self.module).detach()
+        weight = dense_weight(self.name, self.module)
         if isinstance(self.module, Conv1D):
             weight = weight.T
         return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
     def bias_O(self) -> Tensor | None:
         """The bias, float32 or wider; None where the layer has none."""
-        bias = self.module.bias
+        bias = getattr(self.module, "bias", None)  # quantised layers may have no such attribute
         if not isinstance(bias, Tensor):
             return None
         return bias.detach().to(torch.promote_types(bias.dtype, torch.float32))
@@ -175,6 +175,11 @@ def _widths(module: nn.Module) -> tuple[int, int] | None:
         return module.in_features, module.out_features
     if isinstance(module, Conv1D):
         return int(module.nx), int(module.nf)
+    # GPTQ, HQQ, AWQ and others derive from nn.Module: known by widths and a weight in codes.
+    found = [getattr(module, name, None) for name in ("in_features", "out_features")]
+    widths = [width for width in found if isinstance(width, int)]
+    if len(widths) == 2 and is_quantized(module):
+        return widths[0], widths[1]
     return None
 
 

@@ -17,6 +17,7 @@ from forgetless.adapters.arguments import check_arguments
 from forgetless.adapters.attach import attach_rows
 from forgetless.adapters.forms import adapted_layers, align_adapter_dtype
 from forgetless.adapters.in_place import check_startable
+from forgetless.adapters.peft_layers import refuse_unholdable
 from forgetless.calibration.engine import SiteMoments, collect_moments
 from forgetless.data.loading import load_rows
 from forgetless.data.overlap import refuse_overlap
@@ -98,6 +99,8 @@ def initialize(
     made = make_method(method, rank)
     if existing is not None:
         check_startable(trainer.model, made, existing)
+    else:
+        refuse_unholdable(trainer.model, made, find_targets(trainer.model, targets).targets)
     with random_state_kept():
         row_sets, collected = _load(
             trainer,

@@ -43,6 +43,8 @@ class TrainingOptions:
         logging_steps: Optimiser steps between two logged losses.
         report_to: Integrations of transformers (`tensorboard`, `wandb`, …).
         bf16: Forward passes under bf16 autocast; None means where the hardware is fast at it.
+        lora_plus_ratio: Rate of B over that of A, which is `learning_rate` (LoRA+,
+            arXiv:2402.12354); None for one rate.
         regularisers: Terms beside the loss of the train rows.
     """
 
@@ -61,6 +63,7 @@ class TrainingOptions:
     logging_steps: int = 5
     report_to: tuple[str, ...] = ()
     bf16: bool | None = None
+    lora_plus_ratio: float | None = None
     regularisers: tuple[Regulariser, ...] = ()
 
     def __post_init__(self) -> None:
@@ -75,6 +78,8 @@ class TrainingOptions:
         _expect(0 <= self.warmup_ratio < 1, "warmup_ratio", "in 0..1", self.warmup_ratio)
         _expect(self.weight_decay >= 0, "weight_decay", "at least 0", self.weight_decay)
         _expect(self.max_grad_norm >= 0, "max_grad_norm", "at least 0", self.max_grad_norm)
+        ratio = self.lora_plus_ratio
+        _expect(ratio is None or 0 < ratio < math.inf, "lora_plus_ratio", "above 0", ratio)
         schedulers = get_args(Scheduler)
         _expect(self.scheduler in schedulers, "scheduler", " or ".join(schedulers), self.scheduler)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,11 @@ from contextlib import contextmanager
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
 from transformers.utils import logging as transformers_logging
 
-_LIBRARIES = r"(torch|transformers|trl|peft|accelerate|datasets|huggingface_hub)(\.|$)"
+_LIBRARIES = (
+    r"(torch|transformers|trl|peft|accelerate|datasets|huggingface_hub|bitsandbytes|torchao)(\.|$)"
+)
+# bitsandbytes logs every product of an int8 layer, torchao its kernels for GPUs that are not there.
+_LOGGERS = ("bitsandbytes", "torchao", "torch.utils._pytree")
 
 
 @contextmanager
@@ -29,10 +34,16 @@ def _no_log_lines() -> Iterator[None]:
     level = transformers_logging.get_verbosity()
     if level == transformers_logging.WARNING:  # the default
         transformers_logging.set_verbosity_error()
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
         transformers_logging.set_verbosity(level)
+        for logger, before in zip(loggers, levels, strict=True):
+            logger.setLevel(before)
 
 
 @contextmanager

@@ -106,6 +106,7 @@ def train(
             trainer = AdapterTrainer(
                 model,
                 adapter=adapter,
+                lora_plus_ratio=options.lora_plus_ratio,
                 terms={one.name: one.bind(binding) for one in options.regularisers},
                 args=_arguments(model, options, output, seed=seed, num_rows=len(rows)),
                 train_dataset=_dataset(rows),

@@ -32,11 +32,13 @@ class AdapterTrainer(SFTTrainer):
         *,
         adapter: str,
         terms: Mapping[str, Term] | None = None,
+        lora_plus_ratio: float | None = None,
         **arguments: Any,
     ) -> None:
         """Take an attached model, regularisers bound to it, and SFTTrainer's own arguments."""
         super().__init__(model=model, **arguments)
         self._adapter = adapter
+        self._lora_plus_ratio = lora_plus_ratio
         self._terms = TermsAtWork(terms or {})
         self.add_callback(self._terms)
         self.remove_callback(PrinterCallback)
@@ -97,6 +99,21 @@ class AdapterTrainer(SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         num_tokens = count if num_items_in_batch is None else num_items_in_batch
         return completion_loss(model, base.get_output_embeddings(), inputs, num_tokens)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The trainer's own; with LoRA+ every B is in a group of its own rate."""
+        optimizer = super().create_optimizer(model)
+        if self._lora_plus_ratio is not None:
+            named = (self.model if model is None else model).named_parameters()
+            all_b = {id(parameter) for name, parameter in named if ".lora_B." in name}
+            for group in list(optimizer.param_groups):
+                moved = [p for p in group["params"] if id(p) in all_b]
+                if moved:
+                    group["params"] = [p for p in group["params"] if id(p) not in all_b]
+                    rate = group["lr"] * self._lora_plus_ratio
+                    optimizer.add_param_group({**group, "params": moved, "lr": rate})
+            optimizer.param_groups[:] = [g for g in optimizer.param_groups if g["params"]]
+        return optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Every trainable tensor: decay pulls to the base, whatever a layer's name contains."""
