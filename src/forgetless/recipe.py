@@ -23,6 +23,12 @@ from forgetless.data.spec import DataSpec, parse_data
 from forgetless.data.validation import validated
 from forgetless.errors import ForgetlessError, RecipeError
 from forgetless.evaluation.items import EvaluationItem
+from forgetless.evaluation.lm_eval.spec import (
+    LmEvalRecipe,
+    LmEvalTask,
+    parse_lm_eval,
+    refuse_shared_names,
+)
 from forgetless.evaluation.parse import parse_items
 from forgetless.methods import make_method
 from forgetless.recipe_yaml import apply_override, quoting_hint, read_yaml
@@ -116,12 +122,22 @@ _Items = Annotated[
 ]
 
 
+_Tasks = Annotated[
+    LmEvalRecipe | None,
+    BeforeValidator(
+        lambda tasks: tasks,
+        json_schema_input_type=LmEvalRecipe | list[str | LmEvalTask] | None,
+    ),
+]
+
+
 class EvaluationRecipe(_Part):
     """What is measured.
 
     Attributes:
         gain: Held-out data of the train task; metrics `nll` unless given.
         retention: Held-out data of what must be kept; metrics `nll` and `kl` unless given.
+        lm_eval: Tasks of EleutherAI's lm-eval, `side: retention` unless given.
         scales: Factors on ΔW at which the same adapter is measured too, without generating. Not
             given: 0.25 and 0.5 for plain LoRA, the free baseline of every method; none for others.
         samples: Prompts an item for which base and tuned generations are kept.
@@ -129,8 +145,14 @@ class EvaluationRecipe(_Part):
 
     gain: _Items = []
     retention: _Items = []
+    lm_eval: _Tasks = None
     scales: list[Annotated[float, Field(gt=0)]] | None = None
     samples: int = Field(default=3, ge=0)
+
+    @property
+    def measures(self) -> bool:
+        """Whether anything is measured at all."""
+        return bool(self.gain or self.retention or self.lm_eval)
 
     @model_validator(mode="before")
     @classmethod
@@ -143,7 +165,12 @@ class EvaluationRecipe(_Part):
         except ForgetlessError as failure:
             raise RecipeError(f"evaluation.{failure}") from None
         sides = {side: [item for of, item in pairs if of == side] for side in ("gain", "retention")}
-        return value | sides
+        harness = parse_lm_eval(value.get("lm_eval"), "evaluation.lm_eval")
+        try:
+            refuse_shared_names(harness, [item.name for _, item in pairs])
+        except RecipeError as failure:
+            raise RecipeError(f"evaluation.{failure}") from None
+        return value | sides | {"lm_eval": harness}
 
 
 def _parse_named(where: str) -> BeforeValidator:

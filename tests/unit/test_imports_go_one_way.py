@@ -40,6 +40,7 @@ ALLOWED: dict[str, set[str]] = {
         "data.spec",
         "data.validation",
         "evaluation.items",
+        "evaluation.lm_eval.spec",
         "evaluation.parse",
         "methods",
         "training.options",

@@ -101,6 +101,9 @@ class CardFacts:
         notes: Sentences on how these figures are to be read.
         trained: Steps, rate and seed, in one line.
         made: When and with what it was made, in one line.
+        library: Which library loads it, for the front matter; PEFT or transformers where empty.
+        tags: Further tags.
+        loading: Python that loads it; that of PEFT or transformers where empty.
     """
 
     base: str | None = None
@@ -111,6 +114,9 @@ class CardFacts:
     notes: tuple[str, ...] = ()
     trained: str = ""
     made: str = ""
+    library: str = ""
+    tags: tuple[str, ...] = ()
+    loading: str = ""
 
 
 def write_card(
@@ -155,7 +161,8 @@ def card_text(config: Mapping[str, Any], facts: CardFacts, *, merged: bool = Fal
         parts += ["## Gain and retention", notes, facts.figures.strip()]
     if facts.samples:
         parts += ["## Samples", *map(_sample, facts.samples)]
-    parts += ["## Loading", markdown_code(_loading(base, config, merged), "python")]
+    loading = facts.loading or _loading(base, config, merged)
+    parts += ["## Loading", markdown_code(loading, "python")]
     if facts.recipe is not None:
         text = yaml.safe_dump(_without_rows(facts.recipe), sort_keys=False, allow_unicode=True)
         parts += ["## Recipe", markdown_code(text, "yaml")]
@@ -174,11 +181,12 @@ def base_label(name: str) -> str:
 
 
 def _front_matter(base: str, config: Mapping[str, Any], facts: CardFacts, merged: bool) -> str:
-    tags = ["lora", "forgetless", *([facts.method.name] if facts.method else [])]
+    method = [facts.method.name] if facts.method else []
+    tags = ["lora", "forgetless", *facts.tags, *method]
     values = {
         **({"base_model": base} if base else {}),
         "base_model_relation": "finetune" if merged else "adapter",
-        "library_name": "transformers" if merged else "peft",
+        "library_name": facts.library or ("transformers" if merged else "peft"),
         "pipeline_tag": "text2text-generation" if _is_seq2seq(config) else "text-generation",
         "tags": list(dict.fromkeys(tags)),
     }

@@ -25,6 +25,7 @@ from forgetless.adapters.compress import (
 )
 from forgetless.adapters.engines import ENGINES
 from forgetless.adapters.export_target import ExportJob, ExportTarget
+from forgetless.adapters.gguf_target import LlamaCpp
 from forgetless.adapters.merge import MergedModel, save_merged
 from forgetless.adapters.plain_files import PlainLora
 from forgetless.adapters.plain_lora import refuse_what_plain_lora_cannot_hold
@@ -40,7 +41,7 @@ __all__ = [
 ]
 
 EXPORT_TARGETS: dict[str, ExportTarget] = {
-    target.name: target for target in (*map(PlainLora, ENGINES.values()), MergedModel())
+    target.name: target for target in (*map(PlainLora, ENGINES.values()), LlamaCpp(), MergedModel())
 }
 
 
@@ -80,7 +81,8 @@ def export(
     Args:
         model: A PeftModel with any of our forms, or any PEFT LoRA on linear layers.
         folder: Where to write; made where it does not exist.
-        target: Whose rules to meet: one of `EXPORT_TARGETS`. Every adapter loads with peft alone.
+        target: Whose rules to meet: one of `EXPORT_TARGETS`. All but
+            `llama.cpp` and `merged` load with peft alone.
         scale: Factor on ΔW.
         max_rank: Cut the rank to this; the figures lie beside the export in `compression.json`.
         moments_data: Data like those that the adapter is used on: the cut loses least there.

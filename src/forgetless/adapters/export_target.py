@@ -49,10 +49,12 @@ class ExportTarget(ABC):
     Attributes:
         name: As `--target` calls it.
         is_adapter: Whether what it writes is loaded beside the base.
+        is_peft: Whether PEFT loads it.
     """
 
     name: str
     is_adapter: ClassVar[bool] = True
+    is_peft: ClassVar[bool] = True
 
     @abstractmethod
     def write(self, job: ExportJob) -> torch.dtype:

@@ -9,6 +9,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from forgetless.adapters.engines import ENGINES, AdapterFiles, Engine
+from forgetless.adapters.gguf_architectures import NAME as LLAMA_CPP
+from forgetless.adapters.gguf_lint import gguf_breaches
 from forgetless.adapters.load import WEIGHTS, read_adapter_config
 from forgetless.errors import AdapterError, ArtefactError
 from forgetless.models.targets import find_targets
@@ -21,9 +23,10 @@ def lint_adapter(folder: Path | str, target: str, model: nn.Module | None = None
     rewrites what can be rewritten.
 
     Args:
-        folder: With `adapter_config.json` and `adapter_model.safetensors`.
-        target: `peft`, `vllm`, `sglang` or `tgi`.
-        model: The base; TGI's rule needs it, no other does.
+        folder: With `adapter_config.json` and `adapter_model.safetensors`; for llama.cpp with one
+            GGUF file, of which all is read.
+        target: `peft`, `vllm`, `sglang`, `tgi` or `llama.cpp`.
+        model: The base; TGI's rule needs it; for llama.cpp names and shapes are held against it.
 
     Returns:
         One sentence a breach, with what to do; empty where the engine's rules are met.
@@ -32,10 +35,12 @@ def lint_adapter(folder: Path | str, target: str, model: nn.Module | None = None
         AdapterError: No adapter there, or no such engine.
         ArtefactError: A truncated or damaged file.
     """
+    if target == LLAMA_CPP:
+        return gguf_breaches(Path(folder), model)
     if target not in ENGINES:
         raise AdapterError(
-            f"target: expected one of {', '.join(ENGINES)}, got {target!r}; only engines that "
-            "load PEFT adapters have rules"
+            f"target: expected one of {', '.join([*ENGINES, LLAMA_CPP])}, got {target!r}; only "
+            "engines that load adapters have rules"
         )
     layers = None
     if model is not None:

@@ -88,7 +88,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise AdapterError(
-            f"{folder}: expected an adapter folder with {CONFIG}, found none; check the path"
+            f"{folder}: expected an adapter folder with {CONFIG}, found {found_instead(folder)}"
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -99,6 +99,14 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
             f"{path}: expected a mapping, got {type(values).__name__}; copy it again"
         )
     return values
+
+
+def found_instead(folder: Path) -> str:
+    """What lies in a folder in place of a configuration, and what to do."""
+    others = sorted(folder.glob("*.gguf"))
+    if others:
+        return f"{others[0].name}, which llama.cpp reads; name the adapter it was exported from"
+    return "none; check the path"
 
 
 def _read_config(folder: Path) -> LoraConfig:

@@ -32,6 +32,7 @@ class MergedModel(ExportTarget):
 
     name = "merged"
     is_adapter = False
+    is_peft = False
 
     def write(self, job: ExportJob) -> torch.dtype:
         """The whole model with its card, and the tokenizer where the job has one."""

@@ -56,15 +56,16 @@ def check_round_trip(
     *,
     scale: float = 1.0,
     adapter: str = "default",
+    shown: Path | str | None = None,
 ) -> RoundTrip:
     """Reload an exported adapter beside the live one; compare updates, and logits on one input.
 
-    The model is left as it was found.
+    The model is left as it was found. Messages call the folder `shown`.
 
     Raises:
         AdapterError: A layer's update or the logits differ by more than rounding explains.
     """
-    where = f"export: {folder}"
+    where = f"export: {folder if shown is None else shown}"
     inputs = _inputs(model, input_ids_BT)
     with left_as_found(model), torch.no_grad():
         model.eval()

@@ -113,6 +113,7 @@ _add(
     "forgetless export runs/first my-adapter",
     "forgetless export runs/first my-adapter --scale 0.7",
     "forgetless export runs/first my-model --target merged",
+    "forgetless export runs/first my-gguf --target llama.cpp",
     "forgetless export runs/first my-adapter --target vllm --max-rank 16 \\",
     "    --moments-data train.jsonl",
     name="export",

@@ -17,6 +17,13 @@ Overrides = Annotated[
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object and nothing else, for scripts.")
 ]
+TaskCode = Annotated[
+    bool,
+    typer.Option(
+        "--allow-task-code",
+        help="Let task files in the recipe's lm_eval.include_path run Python.",
+    ),
+]
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Tell of warnings only, not of progress.")
 ]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 from rich.console import Console
 
-from forgetless.cli.options import Json, Overrides, Quiet, RecipePath, Verbose
+from forgetless.cli.options import Json, Overrides, Quiet, RecipePath, TaskCode, Verbose
 from forgetless.cli.output import (
     again,
     print_json,
@@ -51,6 +51,7 @@ def demo(
 def run(
     recipe: RecipePath,
     overrides: Overrides = None,
+    allow_task_code: TaskCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -64,7 +65,12 @@ def run(
 
     made = load_recipe(recipe, overrides or ())
     with results_only(as_json):
-        path = run_recipe(made, progress=progress_of(quiet, verbose), resume=again())
+        path = run_recipe(
+            made,
+            progress=progress_of(quiet, verbose),
+            resume=again(),
+            allow_task_code=allow_task_code,
+        )
     record = load_record(path)
     paths = {"report": path.parent / "report.html", "adapter": path.parent / "adapter"}
     if as_json:
@@ -128,6 +134,7 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option(help="Also write all figures to this file, as JSON.")
     ] = None,
+    allow_task_code: TaskCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -147,7 +154,10 @@ def evaluate(
             check_figures_file(output)
         with results_only(as_json):
             reports = measure_adapter(
-                made, adapter or made.output, progress=progress_of(quiet, verbose)
+                made,
+                adapter or made.output,
+                progress=progress_of(quiet, verbose),
+                allow_task_code=allow_task_code,
             )
     if as_json:
         # Rows one by one are for --output.
@@ -194,7 +204,7 @@ def export_adapter(
         str | None,
         typer.Option(
             help="peft (the default), vllm, sglang or tgi: an adapter that keeps the engine's "
-            "rules; merged: a whole model."
+            "rules; llama.cpp: one as GGUF; merged: a whole model."
         ),
     ] = None,
     scale: Annotated[float, typer.Option(help="Factor on the update.")] = 1.0,
@@ -229,7 +239,7 @@ def export_adapter(
 ) -> None:
     """Write an adapter that PEFT and an engine take, or a merged model, and check it by reloading.
 
-    Everything but `merged` is a plain LoRA of one rank that loads with peft alone.
+    Everything but `llama.cpp` and `merged` is a plain LoRA of one rank that loads with peft alone.
     """
     with told_on_stop():
         from forgetless.experiments.exporting import export_folder
@@ -265,7 +275,7 @@ def export_adapter(
     if done.compression is not None:
         for line in done.compression.lines():
             print_text(line)
-        if done.is_adapter:
+        if done.is_peft:
             print_text(f"gain after the cut: forgetless evaluate RECIPE --adapter {output}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,8 @@ def report_text(report: EvaluationReport) -> str:
     for item in report.items:
         lines.append(_cut(f"{item.side}: {one_line(item.name)} ({item.rows} rows)", 80))
         lines += _metrics(item)
+        if item.lm_eval is not None:
+            lines += [f"  {part}" for part in textwrap.wrap(one_line(str(item.lm_eval)), 76)]
     if report.movement is not None:
         lines += _movement(report.movement)
     return "\n".join(lines) or "nothing was measured"

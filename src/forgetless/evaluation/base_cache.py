@@ -10,7 +10,7 @@ import json
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
@@ -46,6 +46,17 @@ class _Generated(_Figures):
 
     def lengths(self) -> set[int]:
         return {len(self.texts), len(self.hit_limit)}
+
+
+class TaskFigures(_Figures):
+    """The base's figures of one task of lm-eval: of each row, by metric, and what it answered."""
+
+    values: dict[str, list[Any]]
+    answers: list[str]
+
+    def lengths(self) -> set[int]:
+        """Lengths of the lists: one entry a row."""
+        return {len(self.answers), *map(len, self.values.values())}
 
 
 _Kind = TypeVar("_Kind", bound=_Figures)
@@ -101,6 +112,18 @@ class BaseCache:
         generated = compute()
         _store(path, lambda: _Generated(texts=generated.texts, hit_limit=generated.hit_limit))
         return generated
+
+    def task(
+        self, settings: Sequence[str], rows: int, compute: Callable[[], TaskFigures]
+    ) -> TaskFigures:
+        """Figures of a task of lm-eval, whose rows are in `settings` as a hash."""
+        path = self._path("task", settings, [])
+        found = _load(path, TaskFigures, rows)
+        if found is not None:
+            return found
+        figures = compute()
+        _store(path, lambda: figures)
+        return figures
 
     def _path(
         self, kind: str, settings: Sequence[str], rows: Sequence[tuple[tuple[int, ...], int]]

@@ -24,13 +24,20 @@ from forgetless.errors import AdapterError, ForgetlessWarning, ModelError, Recip
 from forgetless.evaluation.base_cache import BaseCache
 from forgetless.evaluation.items import EvaluationItem
 from forgetless.evaluation.likelihood import input_device
+from forgetless.evaluation.lm_eval.spec import (
+    LmEvalInput,
+    LmEvalRecipe,
+    parse_lm_eval,
+    refuse_shared_names,
+)
+from forgetless.evaluation.lm_eval.tasks import OpenTask, open_tasks
 from forgetless.evaluation.loaded import LoadedItem, Progress, check_item
 from forgetless.evaluation.measure import measure_item
 from forgetless.evaluation.movement import measure_movement
 from forgetless.evaluation.parse import ItemInput, parse_items
-from forgetless.evaluation.results import EvaluationReport, Movement, Side
+from forgetless.evaluation.results import EvaluationReport, ItemResult, Movement, Side
 from forgetless.models.fingerprint import model_fingerprint
-from forgetless.models.state import left_as_found
+from forgetless.models.state import left_as_found, random_state_kept
 from forgetless.models.targets import base_of
 
 MOVEMENT_ROWS = 64  # of each retention item, where no movement data are given
@@ -42,6 +49,8 @@ def evaluate(
     *,
     gain: Sequence[ItemInput] = (),
     retention: Sequence[ItemInput] = (),
+    lm_eval: LmEvalInput | None = None,
+    allow_task_code: bool = False,
     adapter: Path | str | None = None,
     movement_data: Sequence[RowSet] | None = None,
     calibration_moments: SiteMoments | None = None,
@@ -61,6 +70,10 @@ def evaluate(
         gain: Held-out data of the task that was trained: evaluation items, their keys as mappings,
             or anything that names data (a path, a hub id, a Dataset, a list of strings).
         retention: Held-out data of what must not be forgotten, likewise.
+        lm_eval: Tasks of EleutherAI's lm-eval: names, mappings with the keys of `LmEvalTask`
+            (`side`, `num_fewshot`, `limit`, `data_files`, …), or a mapping with `tasks`,
+            `include_path`, `batch_size` and `samples`.
+        allow_task_code: Whether the folder `include_path` may run Python.
         adapter: A folder with an adapter, where `model` is the bare base.
         movement_data: Held-out preserve rows for update size, drift and leakage. None: the first 64
             rows of each retention item. Empty: no movement.
@@ -80,11 +93,14 @@ def evaluate(
     _check_options(scale, samples)
     _refuse_encoder_decoder(base_of(model))
     items = parse_items(gain, retention)
-    if not items and not movement_data:
+    harness = parse_lm_eval(lm_eval)
+    refuse_shared_names(harness, [item.name for _, item in items])
+    if not items and not movement_data and harness is None:
         raise RecipeError(
             "evaluation: expected at least one gain or retention item, got none; "
             "pass gain=[...] or retention=[...]"
         )
+    tasks = open_tasks(harness, allow_code=allow_task_code) if harness is not None else []
     with ExitStack() as stack:
         stack.enter_context(left_as_found(model))
         tuned = stack.enter_context(_with_adapter(model, adapter))
@@ -101,12 +117,33 @@ def evaluate(
             measure_item(tuned, tokenizer, one, samples=samples, cache=cache, progress=progress)
             for one in loaded
         )
+        results += _task_results(tuned, tokenizer, tasks, harness, cache, progress)
         movement = _movement(
             tuned, tokenizer, name, loaded, movement_data, calibration_moments, progress
         )
     return EvaluationReport(
         items=results, movement=movement, scale=scale, seconds=time.perf_counter() - started
     )
+
+
+def _task_results(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[OpenTask],
+    settings: LmEvalRecipe | None,
+    cache: BaseCache,
+    progress: Progress | None,
+) -> tuple[ItemResult, ...]:
+    if settings is None:
+        return ()
+    # It is an extra, and takes a second to import.
+    from forgetless.evaluation.lm_eval.measure import measure_task
+
+    with random_state_kept():  # lm-eval draws a name for a task wherever it is asked for its own
+        return tuple(
+            measure_task(model, tokenizer, task, settings, cache=cache, progress=progress)
+            for task in tasks
+        )
 
 
 def _check_options(scale: float, samples: int) -> None:

@@ -24,6 +24,9 @@ GENERATED: frozenset[str] = frozenset(
     {"exact_match", "f1", "last_number", "choice", "contains", "refusal", "instruction"}
 )
 
+# Metrics of lm-eval that are shares of rows, by their name there.
+TASK_SHARES = GENERATED | {"greedy_match", "acc", "acc_norm", "acc_bytes", "acc_mutual_info", "em"}
+
 
 class EvaluationItem(DataSpec):
     """What to measure on one held-out set.

@@ -63,6 +63,30 @@ def paired(
     return Measured(result, by_row)
 
 
+def paired_scores(
+    metric: str,
+    base: NDArray[np.float64],
+    tuned: NDArray[np.float64],
+    *,
+    higher_is_better: bool,
+) -> Measured:
+    """A mean over rows of figures of any size; of shares where all lie between 0 and 1."""
+    if _within_shares(base, tuned):
+        return paired(metric, base, tuned, wanted=higher_is_better)
+    result = MetricResult(
+        metric=metric,
+        base=bootstrap_mean(base, is_change=False),
+        tuned=bootstrap_mean(tuned, is_change=False),
+        change=bootstrap_mean(tuned - base),
+        higher_is_better=higher_is_better,
+    )
+    return Measured(result, RowValues(base=_kept(base), tuned=_kept(tuned)))
+
+
+def _within_shares(*scores: NDArray[np.float64]) -> bool:
+    return all(bool((score >= 0).all() and (score <= 1).all()) for score in scores)
+
+
 def _kept(values: NDArray[np.float64]) -> tuple[float, ...]:
     """Figures for the record: six digits tell more than the rounding of a forward pass leaves."""
     return tuple(float(f"{value:.6g}") for value in values)
@@ -94,4 +118,4 @@ def difference(metric: str, ours: RowValues, theirs: RowValues) -> Estimate | No
     a, b = np.array(ours.tuned), np.array(theirs.tuned)
     if metric in _PER_TOKEN:
         return bootstrap_mean(a - b, np.array(ours.weights) if ours.weights else None)
-    return share_change(b, a)
+    return share_change(b, a) if _within_shares(a, b) else bootstrap_mean(a - b)

@@ -80,10 +80,56 @@ class HitLimit(_Value):
     tuned: int
 
 
+class TaskFacts(_Value):
+    """What lm-eval asked, and how: the prompt template alone moves a score by many points.
+
+    Attributes:
+        task: Its name in lm-eval; the group's where it is a mean over all its tasks.
+        version: Of the task.
+        lm_eval: Version of lm-eval.
+        config_hash: Of the task's whole configuration, but for where its data lie.
+        rows_hash: Of all prompts and targets.
+        num_fewshot: Solved examples before each question.
+        limit: The first rows only; None for all.
+        chat_template: Whether prompts went through the tokenizer's chat template.
+        description: Text before the examples.
+        doc_to_text: Template of a question.
+        doc_to_target: Template of what is right.
+        generation: Settings of the generation, as JSON; empty where nothing is generated.
+        filters: How the answer is taken from the text, by metric.
+    """
+
+    task: str
+    version: str
+    lm_eval: str
+    config_hash: str
+    rows_hash: str
+    num_fewshot: int
+    limit: int | None
+    chat_template: bool
+    description: str
+    doc_to_text: str
+    doc_to_target: str
+    generation: str
+    filters: dict[str, str] = {}
+
+    def __str__(self) -> str:
+        """One line on what was asked."""
+        template = repr(self.description + self.doc_to_text)
+        shots = f"{self.num_fewshot} examples" if self.num_fewshot != 1 else "1 example"
+        limit = f", the first {self.limit} rows" if self.limit is not None else ""
+        chat = ", in the chat template" if self.chat_template else ""
+        return (
+            f"lm-eval {self.lm_eval}, {self.task} version {self.version}, {shots}{limit}{chat}, "
+            f"prompt {template}"
+        )
+
+
 class ItemResult(_Value):
     """All metrics of one evaluation item.
 
     In older records `row_values` is empty and `hit_limit` None, as where no metric generates.
+    `lm_eval` is None where the item is none of its tasks.
     `samples_can_be_shared` is False for `self` data and sets that must not be passed on, and in
     records that do not tell: a model card then holds no sample of the item unless asked for.
     """
@@ -96,6 +142,7 @@ class ItemResult(_Value):
     samples: tuple[Sample, ...] = ()
     row_values: dict[str, RowValues] = {}
     hit_limit: HitLimit | None = None
+    lm_eval: TaskFacts | None = None
     samples_can_be_shared: bool = False
 
 

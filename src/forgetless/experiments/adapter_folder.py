@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from forgetless.adapters.load import CONFIG
+from forgetless.adapters.load import CONFIG, found_instead
 from forgetless.errors import AdapterError
 
 
@@ -29,4 +29,6 @@ def adapter_folder(source: Path) -> Path:
             f"{source}: expected an adapter or a finished run, got {count}; finish the run, or "
             f"name {named}"
         )
-    raise AdapterError(f"{source}: expected a folder with {CONFIG}, or a run; check the path")
+    raise AdapterError(
+        f"{source}: expected a folder with {CONFIG}, or a run, found {found_instead(source)}"
+    )

@@ -15,6 +15,7 @@ from forgetless.data.rows import RowSet
 from forgetless.data.spec import DataSpec
 from forgetless.errors import RecipeError
 from forgetless.evaluation.items import EvaluationItem
+from forgetless.evaluation.lm_eval.tasks import open_tasks, task_files
 from forgetless.methods.base import Method
 from forgetless.models.load import LoadedModel
 from forgetless.models.targets import find_targets
@@ -40,6 +41,16 @@ def check_before_loading(recipe: Recipe) -> None:
     )
     for name in recipe.training.report_to:
         _check_logger(name)
+
+
+def check_tasks(recipe: Recipe, *, allow_task_code: bool = False) -> None:
+    """Open all tasks of lm-eval: unknown ones, code and missing data are told before hours pass.
+
+    Raises:
+        RecipeError: As `open_tasks` does.
+    """
+    if recipe.evaluation.lm_eval is not None:
+        open_tasks(recipe.evaluation.lm_eval, allow_code=allow_task_code)
 
 
 def check_readable(specs: Sequence[DataSpec], *, needs_completion: bool = False) -> list[RowSet]:
@@ -81,6 +92,12 @@ def data_of(recipe: Recipe) -> list[DataSpec]:
 def items_of(recipe: Recipe) -> list[DataSpec]:
     """Specs of what is measured."""
     return [*recipe.evaluation.gain, *recipe.evaluation.retention]
+
+
+def measured_files(recipe: Recipe) -> list[DataSpec]:
+    """All that figures are measured on, by path: items, and files of lm-eval tasks."""
+    files = task_files(recipe.evaluation.lm_eval)
+    return [*items_of(recipe), *(DataSpec(path=path) for path in files)]
 
 
 def _check_logger(name: str) -> None:

@@ -16,6 +16,7 @@ from forgetless.experiments.runs import (
     kl_floor,
     loss,
     metric_of,
+    rows_asked,
 )
 
 # Two gains are called the same where the paired interval of their difference lies within these, and
@@ -124,5 +125,5 @@ def _item(run: Run, name: str, side: Side) -> ItemResult | None:
 
 
 def _same_rows(run: Run, other: Run, item: str) -> bool:
-    rows = [{d.fingerprint for d in r.record.data if d.role == item} for r in (run, other)]
+    rows = [rows_asked(r, item) for r in (run, other)]
     return bool(rows[0]) and rows[0] == rows[1]

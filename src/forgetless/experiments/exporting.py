@@ -45,6 +45,7 @@ class Exported:
         check: Logits of what was written against those of the live adapter.
         dtype: Of the weights written.
         is_adapter: Whether it is loaded beside the base.
+        is_peft: Whether PEFT loads it.
         compression: What cutting the rank did; None where nothing was cut.
     """
 
@@ -53,6 +54,7 @@ class Exported:
     check: RoundTrip
     dtype: torch.dtype
     is_adapter: bool
+    is_peft: bool
     compression: Compression | None
 
     def figures(self) -> dict[str, Any]:
@@ -152,7 +154,7 @@ def export_folder(
         warn=heard.warn,
     )
     summary = chosen.summary(rank, dtype)
-    return Exported(summary, rank, check, dtype, chosen.is_adapter, compression)
+    return Exported(summary, rank, check, dtype, chosen.is_adapter, chosen.is_peft, compression)
 
 
 def _moments_data(text: str) -> list[DataSpec]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from forgetless.adapters.card import write_card
 from forgetless.errors import RecipeError
-from forgetless.experiments.checks import data_of, items_of
+from forgetless.experiments.checks import data_of, measured_files
 from forgetless.experiments.data_files import changed_files
 from forgetless.experiments.describe import label_of
 from forgetless.experiments.mending import mend
@@ -43,7 +43,7 @@ def settle(recipe: Recipe, folder: RunFolder, heard: Progress) -> bool:
             "on the new one, or put the old one back"
         )
     keys = list(differing(record.recipe, plain_recipe(recipe)))
-    files = changed_files(items_of(recipe), record.files)
+    files = changed_files(measured_files(recipe), record.files)
     if not keys and not files:
         mend(recipe, folder, record, heard)
         heard.note(f"{folder.path} is finished already; remove it to run again")

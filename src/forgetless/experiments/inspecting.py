@@ -190,4 +190,6 @@ def _what(path: Path) -> str:
         return "nothing of that name"
     if (path / WEIGHTS).is_file():
         return f"adapter weights without {CONFIG}"
+    if path.suffix == ".gguf" or any(path.glob("*.gguf")):
+        return "a GGUF file, which llama.cpp reads"
     return "a folder with none of them" if path.is_dir() else "another file"

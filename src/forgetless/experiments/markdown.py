@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from forgetless.escaping import markdown_text, one_line
-from forgetless.evaluation.results import EvaluationReport, MetricResult
+from forgetless.evaluation.results import EvaluationReport, ItemResult
 from forgetless.experiments.numbers import (
     MISSING,
     change_text,
@@ -15,7 +15,7 @@ from forgetless.experiments.numbers import (
     value_text,
 )
 from forgetless.experiments.record import Record
-from forgetless.experiments.runs import name_runs, not_comparable
+from forgetless.experiments.runs import metric_of, name_runs, not_comparable, task_lines
 from forgetless.experiments.tables import Cell, movement_rows, result_tables
 
 
@@ -43,6 +43,8 @@ def markdown_table(records: Sequence[Record]) -> str:
     rule = ["---", *("---:" for _ in lines[0][1:])]
     text = [_markdown_line(line) for line in [lines[0], *lines[1:]]]
     text.insert(1, f"| {' | '.join(rule)} |")
+    for line in task_lines([run.record.evaluation for run in runs]):
+        text += ["", f"{markdown_text(line)}."]
     if any(run.record.recipe.get("claims") is False for run in runs):
         text += ["", "Quick run: nothing is claimed."]
     elif reasons := not_comparable(runs):
@@ -68,10 +70,10 @@ def _markdown_line(cells: Sequence[str]) -> str:
 def evaluation_table(reports: Sequence[EvaluationReport]) -> str:
     """Figures of one adapter as a Markdown table: a line a metric, a column a scale."""
     lines = [["", "base", *(f"scale {report.scale:g}" for report in reports)]]
-    for place, item in enumerate(reports[0].items):
+    for item in reports[0].items:
         for name, metric in item.metrics.items():
             base = MISSING if metric.base is None else value_text(name, metric.base.mean)
-            cells = [_tuned_text(report.items[place].metrics[name]) for report in reports]
+            cells = [_tuned_text(report, item, name) for report in reports]
             label = f"{item.side}: {one_line(item.name)}, {metric_name(name)}"
             lines.append([label, base, *cells])
     moves = [report.movement for report in reports]
@@ -85,12 +87,16 @@ def evaluation_table(reports: Sequence[EvaluationReport]) -> str:
     rule = f"| {' | '.join(['---', *('---:' for _ in lines[0][1:])])} |"
     rows = [_markdown_line(line) for line in lines]
     note = "The tuned model's value, its change from the base, and the 95 % interval of the change"
-    return "\n".join([rows[0], rule, *rows[1:], "", f"{note} (for KL, of the value)."])
+    tasks = [part for line in task_lines(reports) for part in ("", f"{markdown_text(line)}.")]
+    return "\n".join([rows[0], rule, *rows[1:], "", f"{note} (for KL, of the value).", *tasks])
 
 
-def _tuned_text(result: MetricResult) -> str:
+def _tuned_text(report: EvaluationReport, item: ItemResult, name: str) -> str:
     """`6.692 −0.146 (−0.184 to −0.112)`; what has no base has no change."""
-    name, change = result.metric, result.change
+    result = metric_of(report, item.name, item.side, name)
+    if result is None:
+        return MISSING
+    change = result.change
     text = value_text(name, result.tuned.mean)
     if change is not None:
         text += f" {change_text(name, change.mean)}"

@@ -15,7 +15,7 @@ from forgetless.evaluation.evaluate import evaluate
 from forgetless.evaluation.results import EvaluationReport
 from forgetless.experiments.adapter_folder import adapter_folder
 from forgetless.experiments.base_model import load_base
-from forgetless.experiments.checks import check_readable, items_of
+from forgetless.experiments.checks import check_readable, check_tasks, items_of
 from forgetless.experiments.progress import Progress, warnings_heard
 from forgetless.models.cache import cache_dir
 from forgetless.recipe import Recipe
@@ -23,7 +23,11 @@ from forgetless.training.quiet import libraries_quiet
 
 
 def measure_adapter(
-    recipe: Recipe, adapter: Path, *, progress: Progress | None = None
+    recipe: Recipe,
+    adapter: Path,
+    *,
+    progress: Progress | None = None,
+    allow_task_code: bool = False,
 ) -> list[EvaluationReport]:
     """Gain, retention and movement of any LoRA of PEFT; at scale 1, then at the recipe's `scales`.
 
@@ -34,6 +38,7 @@ def measure_adapter(
         recipe: Its model and `evaluation` are used.
         adapter: Folder of the adapter, or of a run.
         progress: Hears of the phases, and of warnings.
+        allow_task_code: Whether the recipe's folder of lm-eval tasks may run Python.
 
     Raises:
         RecipeError: The recipe names nothing to measure.
@@ -41,7 +46,7 @@ def measure_adapter(
     """
     heard = progress or Progress()
     wanted = recipe.evaluation
-    if not (wanted.gain or wanted.retention):
+    if not wanted.measures:
         raise RecipeError("evaluation: expected gain or retention items, got none; add some")
     folder = adapter_folder(adapter)
     scales = [scale for scale in wanted.scales or () if scale != 1.0]
@@ -52,6 +57,7 @@ def measure_adapter(
             f"{folder}, which no scale reaches; leave scales out"
         )
     check_readable(items_of(recipe))
+    check_tasks(recipe, allow_task_code=allow_task_code)
     with libraries_quiet(), warnings_heard(heard.warn):
         with heard.phase("load"):
             loaded = load_base(recipe, heard)
@@ -65,6 +71,8 @@ def measure_adapter(
                         adapter=folder,
                         gain=wanted.gain,
                         retention=wanted.retention,
+                        lm_eval=wanted.lm_eval,
+                        allow_task_code=allow_task_code,
                         movement_data=None if scale == 1.0 else (),
                         scale=scale,
                         samples=wanted.samples if scale == 1.0 else 0,

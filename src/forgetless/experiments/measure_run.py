@@ -24,6 +24,7 @@ def measure_run(
     *,
     cache: Path,
     advance: Callable[[int, int, str], None],
+    allow_task_code: bool = False,
 ) -> tuple[EvaluationReport, list[EvaluationReport]]:
     """Measure a trained adapter.
 
@@ -33,11 +34,12 @@ def measure_run(
         attached: The trained adapter on it.
         cache: Keeps the base's own figures.
         advance: Hears of rows done, rows in all, and the stage.
+        allow_task_code: Whether the recipe's folder of lm-eval tasks may run Python.
 
     Returns:
         The report of the whole adapter, and one for each scale, without generated answers.
     """
-    if not (wanted.gain or wanted.retention):
+    if not wanted.measures:
         return EvaluationReport(items=()), []
 
     def measure(
@@ -51,6 +53,8 @@ def measure_run(
             loaded.tokenizer,
             gain=[only(item) for item in wanted.gain],
             retention=[only(item) for item in wanted.retention],
+            lm_eval=wanted.lm_eval if scale == 1.0 else None,  # they generate, or take long
+            allow_task_code=allow_task_code,
             movement_data=movement_data,
             calibration_moments=attached.moments.get("preserve"),
             scale=scale,
@@ -67,6 +71,8 @@ def measure_run(
         return report.model_copy(update={"movement": movement, "items": items})
 
     whole = measure(1.0, wanted.samples)
+    if not (wanted.gain or wanted.retention):
+        return whole, []
     return whole, [scaled(scale) for scale in _scales(wanted, attached) if scale != 1.0]
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from forgetless.adapters.card import CardFacts, Samples, write_card
 from forgetless.adapters.compress import Compression
+from forgetless.adapters.gguf_files import GGUF
+from forgetless.adapters.gguf_target import write_gguf_card
 from forgetless.adapters.load import CONFIG, read_adapter_config
 from forgetless.errors import ArtefactError
 from forgetless.experiments.markdown import markdown_table
@@ -90,5 +92,8 @@ def write_export_card(
         facts = replace(
             facts, figures="", samples=(), trained="; ".join(filter(None, [facts.trained, words]))
         )
+    if (output / GGUF).is_file():
+        write_gguf_card(output, facts)
+        return
     config = None if (output / CONFIG).is_file() else read_adapter_config(source)
     write_card(output, facts, config=config, merged=merged)

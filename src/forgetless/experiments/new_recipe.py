@@ -200,6 +200,7 @@ def _text(
         *_entry(gain, "    "),
         _noted("  retention:", "metrics: nll and kl"),
         *(line for item in retention for line in _entry(item, "    ")),
+        _noted("  # lm_eval: [triviaqa, nq_open]", "tasks of lm-eval: docs/lm-eval.md"),
         "",
         _line("output", f"runs/{path.stem}", "record, report and adapter"),
     ]

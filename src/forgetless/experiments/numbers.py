@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 
-from forgetless.evaluation.items import GENERATED
+from forgetless.evaluation.items import TASK_SHARES
 from forgetless.evaluation.results import Estimate
 
 MISSING = "–"
-_SHARES = GENERATED | {"greedy_match"}
 _NAMES = {
     "nll": "NLL",
     "kl": "KL",
@@ -25,12 +24,14 @@ _NAMES = {
 
 def metric_name(metric: str) -> str:
     """The metric as a reader calls it."""
-    return _NAMES.get(metric, metric.replace("_", " "))
+    name, comma, taken = metric.partition(",")  # lm-eval: metric,how the answer is taken
+    return _NAMES.get(name, name.replace("_", " ")) + (f", {taken}" if comma else "")
 
 
 def is_share(metric: str) -> bool:
     """Whether the metric is a share of rows, written in percent."""
-    return metric in _SHARES
+    name, _, taken = metric.partition(",")
+    return name in TASK_SHARES and not taken.endswith(" score")
 
 
 def plain(value: float) -> str:

@@ -36,6 +36,7 @@ _MEASURING = frozenset({"evaluation", *SHOWING})
 _ADDED: Mapping[str | None, Mapping[str, Any]] = {
     None: {"quantization": "none"},
     "training": {"lora_plus_ratio": None, "regularisers": []},
+    "evaluation": {"lm_eval": None},
 }
 _BANK_SECONDS = 5.0
 

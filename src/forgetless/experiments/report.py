@@ -24,7 +24,7 @@ from forgetless.experiments.layer_charts import layer_rows
 from forgetless.experiments.markdown import markdown_table
 from forgetless.experiments.provenance import facts, making, phase_rows
 from forgetless.experiments.record import Record
-from forgetless.experiments.runs import Run, name_runs
+from forgetless.experiments.runs import Run, name_runs, task_lines
 from forgetless.experiments.tables import figures, movement_rows, result_tables
 
 __all__ = ["markdown_table", "summary_lines", "write_report"]
@@ -120,6 +120,7 @@ def _render(runs: Sequence[Run], title: str | None) -> str:
         key=key_sign,
         base_key=base_key(),
         tables=result_tables(runs),
+        tasks=task_lines([run.record.evaluation for run in runs]),
         movement=movement_rows(runs),
         trade_off=trade_off_panels(runs),
         curves=loss_panel(runs),

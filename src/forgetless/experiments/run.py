@@ -16,7 +16,13 @@ from forgetless.adapters.export import export
 from forgetless.adapters.round_trip import check_round_trip
 from forgetless.errors import ArtefactError
 from forgetless.experiments.base_model import load_base
-from forgetless.experiments.checks import check_before_loading, check_layers, data_of, items_of
+from forgetless.experiments.checks import (
+    check_before_loading,
+    check_layers,
+    check_tasks,
+    data_of,
+    measured_files,
+)
 from forgetless.experiments.data_files import hash_files
 from forgetless.experiments.describe import describe, skipped_notes
 from forgetless.experiments.finished import settle
@@ -39,7 +45,13 @@ from forgetless.training.quiet import libraries_quiet
 from forgetless.training.sft import mixed_rows, refuse_data_parallel, train
 
 
-def run(recipe: Recipe, *, progress: Progress | None = None, resume: str | None = None) -> Path:
+def run(
+    recipe: Recipe,
+    *,
+    progress: Progress | None = None,
+    resume: str | None = None,
+    allow_task_code: bool = False,
+) -> Path:
     """Do all that a recipe asks for, or what is left of it.
 
     A folder in which `train_only` has trained is taken up where it stands.
@@ -49,6 +61,7 @@ def run(recipe: Recipe, *, progress: Progress | None = None, resume: str | None 
             plain LoRA), `record.json` and `report.html` in the end.
         progress: Hears of phases, steps, notes and warnings; silent by default.
         resume: Command that does the same again, told to the user on Ctrl-C.
+        allow_task_code: Whether the folder `evaluation.lm_eval.include_path` may run Python.
 
     Returns:
         Path of the record.
@@ -62,8 +75,8 @@ def run(recipe: Recipe, *, progress: Progress | None = None, resume: str | None 
         folder.check(recipe)
         if folder.record.exists() and settle(recipe, folder, heard):
             return folder.record
-        _claim(recipe, folder)
-        return _Run(recipe, folder, heard).go()
+        _claim(recipe, folder, allow_task_code=allow_task_code)
+        return _Run(recipe, folder, heard).go(allow_task_code=allow_task_code)
 
 
 def calibrate_only(
@@ -88,10 +101,15 @@ def train_only(
         return _Run(recipe, folder, heard).go_to_trained()
 
 
-def _claim(recipe: Recipe, folder: RunFolder) -> None:
-    """Take the folder, once all that can be checked in a moment has been."""
+def _claim(recipe: Recipe, folder: RunFolder, *, allow_task_code: bool | None = None) -> None:
+    """Take the folder, once all that can be checked in a moment has been.
+
+    Without `allow_task_code` nothing will be measured, and tasks are not looked at.
+    """
     folder.check(recipe)
     check_before_loading(recipe)
+    if allow_task_code is not None:
+        check_tasks(recipe, allow_task_code=allow_task_code)
     folder.claim(recipe)
 
 
@@ -146,7 +164,7 @@ class _Run:
             with self._phase("train"):
                 return self._train(loaded, data, attached)
 
-    def go(self) -> Path:
+    def go(self, *, allow_task_code: bool) -> Path:
         refuse_data_parallel()
         with libraries_quiet(), warnings_heard(self._warn):
             loaded, data, attached = self._prepared()
@@ -159,6 +177,7 @@ class _Run:
                     attached,
                     cache=self.cache,
                     advance=self._advance,
+                    allow_task_code=allow_task_code,
                 )
             with self._phase("export"):
                 exported = self._export(loaded, data, attached)
@@ -213,7 +232,7 @@ class _Run:
         return loaded
 
     def _data(self, loaded: LoadedModel) -> Prepared:
-        specs = [*data_of(self.recipe), *items_of(self.recipe)]
+        specs = [*data_of(self.recipe), *measured_files(self.recipe)]
         self.files = hash_files(specs)
         data = prepare(
             self.recipe,
@@ -233,7 +252,7 @@ class _Run:
                 f"method {self.method.name} does not calibrate: preserve_data is only kept apart "
                 "from the other rows"
             )
-        if not (self.recipe.evaluation.gain or self.recipe.evaluation.retention):
+        if not self.recipe.evaluation.measures:
             self._warn("evaluation: no items are given, so that nothing is measured")
         return data
 

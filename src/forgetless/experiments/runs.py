@@ -198,11 +198,42 @@ def not_comparable(runs: Sequence[Run]) -> list[str]:
         reasons.append("the train rows differ")
     for side in ("gain", "retention"):
         for item in items_of(runs, side):
-            if _differ({d.fingerprint for d in r.record.data if d.role == item} for r in runs):
+            if _differ(rows_asked(run, item) for run in runs):
                 reasons.append(f"the rows of {one_line(item)} differ")
+            if _differ(_task_settings(run, item) for run in runs):
+                reasons.append(f"lm-eval asked {one_line(item)} in another way")
             if _differ(_generation_limits(run, side, item) for run in runs):
                 reasons.append(f"max_new_tokens of {one_line(item)} differs")
     return list(dict.fromkeys(reasons))
+
+
+def rows_asked(run: Run, item: str) -> set[str]:
+    """Fingerprints of an item's rows; of a task's, which lm-eval reads, its prompts."""
+    return {d.fingerprint for d in run.record.data if d.role == item} | {
+        i.lm_eval.rows_hash
+        for i in run.record.evaluation.items
+        if i.name == item and i.lm_eval is not None
+    }
+
+
+def task_lines(reports: Sequence[EvaluationReport]) -> list[str]:
+    """What lm-eval asked for each of its items, and how, each once."""
+    return list(
+        dict.fromkeys(
+            f"{one_line(item.name)}: {one_line(str(item.lm_eval))}"
+            for report in reports
+            for item in report.items
+            if item.lm_eval is not None
+        )
+    )
+
+
+def _task_settings(run: Run, item: str) -> set[Any]:
+    return {
+        (i.lm_eval.config_hash, i.lm_eval.lm_eval)
+        for i in run.record.evaluation.items
+        if i.name == item and i.lm_eval is not None
+    }
 
 
 def _differ(known: Iterable[set[Any]]) -> bool:

@@ -75,7 +75,10 @@ class Table:
 
 def result_tables(runs: Sequence[Run]) -> list[Table]:
     """What was kept (KL, NLL), what was gained, then accuracies on what should be kept."""
-    kept = [c for c in measured(runs, "retention") if not is_share(c[1])]
+    kept = [c for c in measured(runs, "retention") if c[1] in ("kl", "nll")]
+    others = [
+        c for c in measured(runs, "retention") if not is_share(c[1]) and c[1] not in ("kl", "nll")
+    ]
     answers = [c for c in measured(runs, "retention") if is_share(c[1])]
     gained = list(measured(runs, "gain"))
     tables = [
@@ -91,6 +94,12 @@ def result_tables(runs: Sequence[Run]) -> list[Table]:
             "Share of rows answered right, with 95 % intervals.",
             "retention",
             answers,
+        ),
+        (
+            "Kept, by other measures",
+            "Metrics of lm-eval, each in its own unit, with 95 % intervals.",
+            "retention",
+            others,
         ),
     ]
     return [_table(t, n, runs, _side(side), columns) for t, n, side, columns in tables if columns]

