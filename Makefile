@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 STAMP := $(VENV)/.setup-done
 
-.PHONY: setup demo test lint format type bench docs check clean
+.PHONY: setup demo test lint format type bench docs compatibility check clean
 
 setup: $(STAMP)
 
@@ -51,6 +51,11 @@ bench: setup
 # Every relative link of the documentation leads somewhere, every decision page has its parts.
 docs: setup
 	$(BIN)/python -m pytest -q tests/unit/test_docs.py
+
+# Runs the tests marked `compatibility` and writes what they showed, failures too, into docs/compatibility.md.
+compatibility: setup
+	-OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -m compatibility --compatibility-results build/compatibility.json $(ARGS)
+	PYTHONPATH=tests $(BIN)/python -m compatibility.page build/compatibility.json docs/compatibility.md
 
 check: lint type test
 

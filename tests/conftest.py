@@ -30,6 +30,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+# pytester runs a pytest inside a test.
+pytest_plugins = ("pytester", "compatibility.plugin")
+
 BOS, EOS, PAD, START = "<|bos|>", "<|im_end|>", "<|pad|>", "<|im_start|>"
 VOCABULARY = 384
 CHAT_TEMPLATE = (
@@ -73,18 +76,30 @@ def _trained_tokenizer() -> str:
     return tokenizer.to_str()
 
 
+@pytest.fixture(scope="session")
+def make_tiny_tokenizer(_trained_tokenizer: str) -> Callable[[], PreTrainedTokenizerBase]:
+    """Factory of tiny tokenizers, for fixtures that outlive a test."""
+
+    def make() -> PreTrainedTokenizerBase:
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer.from_str(_trained_tokenizer),
+            bos_token=BOS,
+            eos_token=EOS,
+            pad_token=PAD,
+            additional_special_tokens=[START],
+        )
+        tokenizer.chat_template = CHAT_TEMPLATE
+        return tokenizer
+
+    return make
+
+
 @pytest.fixture
-def tiny_tokenizer(_trained_tokenizer: str) -> PreTrainedTokenizerBase:
+def tiny_tokenizer(
+    make_tiny_tokenizer: Callable[[], PreTrainedTokenizerBase],
+) -> PreTrainedTokenizerBase:
     """Byte-level BPE of 384 tokens: adds BOS by default, EOS is <|im_end|>, ChatML template."""
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_trained_tokenizer),
-        bos_token=BOS,
-        eos_token=EOS,
-        pad_token=PAD,
-        additional_special_tokens=[START],
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
+    return make_tiny_tokenizer()
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

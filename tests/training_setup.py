@@ -28,8 +28,7 @@ def adapted(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
         target_modules="all-linear",
-        task_type="CAUSAL_LM",
-        **lora,
+        **{"task_type": "CAUSAL_LM", **lora},  # type: ignore[arg-type]
     )
     peft_model = get_peft_model(model, config)
     generator = torch.Generator().manual_seed(seed)

@@ -18,6 +18,7 @@ from forgetless.errors import ForgetlessError, ForgetlessWarning
 if TYPE_CHECKING:
     from forgetless.adapters.attach import attach
     from forgetless.adapters.export import export
+    from forgetless.adapters.hub import push_to_hub
     from forgetless.adapters.lint import lint_adapter
     from forgetless.adapters.load import load_adapter
     from forgetless.adapters.merge import save_merged
@@ -41,6 +42,7 @@ _HOME = {
     "load_model": "forgetless.models.load",
     "load_recipe": "forgetless.recipe",
     "MonitorRetention": "forgetless.training.monitor",
+    "push_to_hub": "forgetless.adapters.hub",
     "Recipe": "forgetless.recipe",
     "run": "forgetless.experiments.run",
     "save_merged": "forgetless.adapters.merge",
@@ -60,6 +62,7 @@ __all__ = [
     "load_adapter",
     "load_model",
     "load_recipe",
+    "push_to_hub",
     "run",
     "save_merged",
     "write_report",

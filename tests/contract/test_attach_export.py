@@ -177,6 +177,9 @@ def test_an_export_is_what_servers_accept(
     assert shapes == {8}
 
 
+@pytest.mark.compatibility(feature="rank_pattern", export="peft")
+@pytest.mark.compatibility(feature="alpha_pattern", export="peft")
+@pytest.mark.compatibility(feature="rsLoRA", export="peft")
 def test_somebody_elses_lora_is_exported_with_its_scale_and_patterns(
     tiny_model: nn.Module, tmp_path: Path
 ) -> None:

@@ -34,10 +34,7 @@ from tiny_bases import CAUSAL, CONFIGS, ENCODER_DECODERS, MIXTURES, tiny_base
 TEXTS = [f"The capital of country {i} is city {i * 7 % 13}, and it rains there." for i in range(40)]
 TRAIN = [f"Question: {i} apples and {i} apples? Answer: {2 * i} apples." for i in range(40)]
 SPLIT = {"prompt": "{prompt}", "completion": "{completion}"}
-FORMS = [
-    pytest.param({"name": "lora-null"}, id="b"),
-    pytest.param({"name": "sc-lora"}, id="both"),
-]
+FORMS = {"b": {"name": "lora-null"}, "both": {"name": "sc-lora"}}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 DENSE = {"gate_proj", "up_proj", "down_proj"}
 BART_ATTENTION = {"q_proj", "k_proj", "v_proj", "out_proj"}
@@ -110,14 +107,15 @@ def train_two_steps(model: PeftModel, name: str) -> set[str]:
     return touched
 
 
-@pytest.mark.parametrize("method", FORMS)
+@pytest.mark.compatibility(base="{name}", form="{form}", trainer="loop", export="peft")
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_an_adapter_starts_at_the_base_trains_everywhere_and_reloads_with_peft_alone(
-    name: str, method: object, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+    name: str, form: str, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     untouched = tiny_base(name)
     expected = logits(untouched, name)
-    model = attached(name, tiny_tokenizer, method)
+    model = attached(name, tiny_tokenizer, FORMS[form])
     layers = set(adapted_layers(model))
     assert ({layer.rpartition(".")[2] for layer in layers}, len(layers)) == ADAPTED[name]
     assert torch.equal(logits(model, name), expected)
@@ -137,6 +135,7 @@ def test_an_adapter_starts_at_the_base_trains_everywhere_and_reloads_with_peft_a
         assert torch.equal(logits(reloaded, name), expected)
 
 
+@pytest.mark.compatibility(base="{name}", form="plain", trainer="loop", export="merged")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_merged_model_reloads_with_transformers_alone(
     name: str, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
@@ -183,6 +182,7 @@ def assert_same_moments(found: SiteMoments, expected: dict[str, torch.Tensor]) -
         assert difference < 1e-5, layer
 
 
+@pytest.mark.compatibility(base="{name}", feature="calibration")
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", CAUSAL)
 def test_moments_of_padded_batches_equal_a_loop_over_rows(name: str, side: str) -> None:
@@ -194,6 +194,7 @@ def test_moments_of_padded_batches_equal_a_loop_over_rows(name: str, side: str) 
     assert_same_moments(found, naive_moments(base, targets, calls))
 
 
+@pytest.mark.compatibility(base="{name}", feature="calibration")
 @pytest.mark.parametrize("name", ENCODER_DECODERS)
 def test_moments_of_an_encoder_decoder_equal_a_loop_over_rows(name: str) -> None:
     rows, base = token_rows(prompts=True), tiny_base(name)
@@ -213,6 +214,7 @@ def test_moments_of_an_encoder_decoder_equal_a_loop_over_rows(name: str) -> None
     assert_same_moments(found, naive_moments(base, targets, calls))
 
 
+@pytest.mark.compatibility(base="{name}", feature="evaluation")
 @pytest.mark.parametrize("name", CAUSAL)
 def test_evaluation_does_not_depend_on_the_padding_side(
     name: str, tiny_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
@@ -336,11 +338,17 @@ def test_an_export_of_an_encoder_decoder_passes_the_round_trip(
     assert trip.max_difference < 1e-5 * max(trip.max_logit, 1)
 
 
+@pytest.mark.compatibility(
+    base="{name}",
+    feature="evaluation",
+    refused="measure an encoder-decoder in your own code; attach, export and load_adapter work",
+)
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
 def test_an_encoder_decoder_cannot_be_evaluated_yet_and_says_what_works(
-    tiny_tokenizer: PreTrainedTokenizerBase,
+    name: str, tiny_tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    model = attached("t5", tiny_tokenizer, {"name": "lora"})
-    with pytest.raises(ModelError, match=r"got T5ForConditionalGeneration.*export"):
+    model = attached(name, tiny_tokenizer, {"name": "lora"})
+    with pytest.raises(ModelError, match=r"got \w+ForConditionalGeneration.*export"):
         forgetless.evaluate(model, tiny_tokenizer, retention=[TEXTS])
 
 

@@ -130,7 +130,7 @@ def test_dense_weights_are_those_that_the_layer_computes_with(
     assert torch.equal(logits(base), before)
 
 
-@pytest.mark.parametrize("quantization", cells())
+@pytest.mark.parametrize("quantization", cells(form="{trains}"))
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("trains", ["a", "b", "both"])
 def test_an_adapter_starts_bit_for_bit_at_the_quantised_model(
@@ -189,7 +189,9 @@ def test_an_export_opens_with_peft_alone_on_the_quantised_and_on_the_full_base(
     torch.testing.assert_close(logits(reloaded), logits(on_full), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("quantization", cells(CALLING, trainer="hand-written loop", export="vllm"))
+@pytest.mark.parametrize(
+    "quantization", cells(CALLING, form="both", trainer="hand-written loop", export="vllm")
+)
 def test_both_trains_in_every_layer_and_exports_at_twice_the_rank(
     quantization: str, load: Load, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
@@ -421,7 +423,11 @@ def gptq(make_tiny_model: Callable[..., PreTrainedModel]) -> Callable[[], tuple[
 
 
 @pytest.mark.compatibility(
-    base="Llama", quantization="GPTQ 4-bit", trainer="hand-written loop", export="peft"
+    base="Llama",
+    form="{trains}",
+    quantization="GPTQ 4-bit",
+    trainer="hand-written loop",
+    export="peft",
 )
 @pytest.mark.parametrize("trains", ["a", "b", "both"])
 def test_gptqs_layers_hold_adapters_in_every_form(
@@ -448,7 +454,11 @@ def test_gptqs_layers_hold_adapters_in_every_form(
 
 
 @pytest.mark.compatibility(
-    base="Llama", quantization="HQQ 4-bit", trainer="hand-written loop", export="peft"
+    base="Llama",
+    form="{trains}",
+    quantization="HQQ 4-bit",
+    trainer="hand-written loop",
+    export="peft",
 )
 @pytest.mark.parametrize("trains", ["a", "b", "both"])
 def test_hqqs_layers_hold_adapters_in_every_form(

@@ -42,6 +42,7 @@ VERBS = (
     "evaluate",
     "report",
     "export",
+    "push",
     "inspect",
     "methods",
     "schema",

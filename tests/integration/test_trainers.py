@@ -5,103 +5,38 @@ Each trains, resumes where it can, and exports what PEFT alone reloads.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
-    DataCollatorForLanguageModeling,
     EarlyStoppingCallback,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
 )
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import forgetless
 from forgetless.adapters.forms import adapted_layers, factors, form_of
+from trainer_setup import COMMON, PAIRS, TRAINERS, dpo, loop, plain, sft
 from training_setup import adapter_state
 
 IDS = torch.arange(5, 29).reshape(2, 12)
 PRESERVE = [
     f"The capital of country {i} is city {i * 7 % 13}, and it rains there." for i in range(40)
 ]
-PAIRS = [(f"How many are {i} apples and {i}?", f" There are {2 * i} apples.") for i in range(8)]
 PLAIN, BOTH = {"name": "lora-null"}, {"name": "sc-lora"}
-COMMON: dict[str, Any] = {
-    "per_device_train_batch_size": 4,
-    "max_steps": 4,
-    "learning_rate": 5e-3,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "use_cpu": True,
-    "bf16": False,
-    "disable_tqdm": True,
-    "seed": 3,
+FORMS = {
+    "plain": {"name": "lora"},
+    "a": {"name": "sc-lora", "trains": "a"},
+    "b": PLAIN,
+    "both": BOTH,
 }
-
+DPO_BOTH = ("dpo", "both")
 pytestmark = pytest.mark.filterwarnings("ignore::forgetless.errors.ForgetlessWarning")
-
-
-def sft(model: nn.Module, tokenizer: Any, folder: Path, **options: Any) -> SFTTrainer:
-    lora, eval_rows = options.pop("peft_config", None), options.pop("eval_dataset", None)
-    callbacks = options.pop("callbacks", None)
-    rows = Dataset.from_list([{"prompt": p, "completion": c} for p, c in PAIRS])
-    settings = {**COMMON, "gradient_checkpointing": False, "max_length": 64, **options}
-    return SFTTrainer(
-        model=model,
-        args=SFTConfig(output_dir=str(folder), **settings),
-        train_dataset=rows,
-        eval_dataset=eval_rows and rows.select(range(2)),
-        processing_class=tokenizer,
-        peft_config=lora,
-        callbacks=callbacks,
-    )
-
-
-def dpo(model: nn.Module, tokenizer: Any, folder: Path, **options: Any) -> DPOTrainer:
-    lora = options.pop("peft_config", None)
-    rows = [{"prompt": p, "chosen": c, "rejected": " I do not know."} for p, c in PAIRS]
-    settings = {**COMMON, "gradient_checkpointing": False, "max_length": 64, **options}
-    return DPOTrainer(
-        model=model,
-        args=DPOConfig(output_dir=str(folder), **settings),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-        peft_config=lora,
-    )
-
-
-def plain(model: nn.Module, tokenizer: Any, folder: Path, **options: Any) -> Trainer:
-    lora = options.pop("peft_config", None)
-    rows = Dataset.from_list([dict(tokenizer(p + c)) for p, c in PAIRS])
-    return Trainer(
-        model=model if lora is None else get_peft_model(model, lora),
-        args=TrainingArguments(output_dir=str(folder), **{**COMMON, **options}),
-        train_dataset=rows,
-        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
-        processing_class=tokenizer,
-    )
-
-
-def loop(model: PeftModel, tokenizer: Any, folder: Path) -> None:
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
-    for prompt, completion in PAIRS[:4]:
-        ids = tokenizer(prompt + completion, return_tensors="pt")["input_ids"]
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-Make = Callable[..., Trainer]
-TRAINERS: dict[str, Make] = {"sft": sft, "dpo": dpo, "plain": plain}
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -155,14 +90,18 @@ def assert_exports(model: PeftModel, base: PreTrainedModel, folder: Path) -> Non
     torch.testing.assert_close(logits(reopened), logits(model), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", [*TRAINERS, "loop"])
-def test_attach_before_a_trainer(
-    make_tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path, kind: str
-) -> None:
+@pytest.mark.compatibility(base="llama", form="{form}", trainer="{kind}", start="attach")
+@pytest.mark.parametrize(
+    ("kind", "form"),
     # TRL's DPOTrainer copies the adapter it is given into one named `ref`, see below for `both`.
-    base, method = make_tiny_model(), PLAIN if kind == "dpo" else BOTH
+    [(kind, form) for kind in (*TRAINERS, "loop") for form in FORMS if (kind, form) != DPO_BOTH],
+)
+def test_attach_before_a_trainer(
+    make_tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path, kind: str, form: str
+) -> None:
+    base = make_tiny_model()
     weights = base_state(base)
-    model = attached(base, tiny_tokenizer, method)
+    model = attached(base, tiny_tokenizer, FORMS[form])
     before = adapter_state(model)
     if kind == "loop":
         loop(model, tiny_tokenizer, tmp_path)
@@ -172,7 +111,8 @@ def test_attach_before_a_trainer(
     assert_exports(model, make_tiny_model(), tmp_path / "exported")
 
 
-@pytest.mark.parametrize("method", [PLAIN, BOTH], ids=lambda m: m["name"])
+@pytest.mark.compatibility(base="llama", form="{form}", trainer="{kind}", start="initialize")
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("has_lora", [True, False], ids=["peft_config", "bare"])
 @pytest.mark.parametrize("kind", TRAINERS)
 def test_initialize_between_making_a_trainer_and_training(
@@ -181,7 +121,7 @@ def test_initialize_between_making_a_trainer_and_training(
     tmp_path: Path,
     kind: str,
     has_lora: bool,
-    method: dict[str, Any],
+    form: str,
 ) -> None:
     base = make_tiny_model()
     weights, expected = base_state(base), logits(base)
@@ -191,7 +131,7 @@ def test_initialize_between_making_a_trainer_and_training(
     trainer = TRAINERS[kind](
         base, tiny_tokenizer, tmp_path, peft_config=lora() if has_lora else None
     )
-    model = initialized(trainer, method, **({} if has_lora else {"rank": 4}))
+    model = initialized(trainer, FORMS[form], **({} if has_lora else {"rank": 4}))
     assert trainer.model is trainer.model_wrapped is model
     assert torch.equal(logits(model), expected), "does not start at the base"
     model.train()
@@ -241,19 +181,33 @@ def checkpointing(*, reentrant: bool) -> dict[str, Any]:
 COMPILE = {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 2}
 
 
+HOW: dict[str, dict[str, Any]] = {
+    "gradient checkpointing, reentrant": checkpointing(reentrant=True),
+    "gradient checkpointing, not reentrant": checkpointing(reentrant=False),
+    "torch.compile (graph and gradients, back end aot_eager)": COMPILE,
+}
+REENTRANT, NOT_REENTRANT, COMPILED = HOW
+
+
+@pytest.mark.compatibility(trainer="{kind}", start="{how}", feature="{what}")
 @pytest.mark.parametrize(
-    ("kind", "how", "options"),
+    ("kind", "how", "what"),
     [
-        ("sft", "attach", checkpointing(reentrant=True)),
-        ("sft", "initialize", checkpointing(reentrant=True)),
-        ("sft", "initialize", checkpointing(reentrant=False)),
-        ("sft", "initialize-bare", checkpointing(reentrant=True)),
-        ("plain", "attach", checkpointing(reentrant=True)),
-        ("plain", "attach", checkpointing(reentrant=False)),
-        ("plain", "initialize-bare", checkpointing(reentrant=True)),
-        pytest.param("plain", "initialize", COMPILE, marks=pytest.mark.slow),
+        *(
+            (kind, how, what)
+            for kind in ("sft", "plain")
+            for how in ("attach", "initialize")
+            for what in (REENTRANT, NOT_REENTRANT)
+        ),
+        ("dpo", "initialize", REENTRANT),
+        ("dpo", "initialize", NOT_REENTRANT),
+        *(
+            pytest.param("plain", how, COMPILED, marks=pytest.mark.slow)
+            for how in ("attach", "initialize")
+        ),
+        ("sft", "initialize, no peft_config", REENTRANT),
+        ("plain", "initialize, no peft_config", REENTRANT),
     ],
-    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
 )
 def test_how_a_trainer_computes_changes_nothing_of_what_is_learned(
     make_tiny_model: Any,
@@ -261,7 +215,7 @@ def test_how_a_trainer_computes_changes_nothing_of_what_is_learned(
     tmp_path: Path,
     kind: str,
     how: str,
-    options: dict[str, Any],
+    what: str,
 ) -> None:
     def trained(**options: Any) -> dict[str, Tensor]:
         model: nn.Module = make_tiny_model(num_hidden_layers=1)
@@ -274,33 +228,40 @@ def test_how_a_trainer_computes_changes_nothing_of_what_is_learned(
         trainer.train()
         return adapter_state(trainer.model)
 
-    expected = trained(max_steps=options.get("max_steps", COMMON["max_steps"]))
-    for name, tensor in trained(**options).items():
+    expected = trained(max_steps=HOW[what].get("max_steps", COMMON["max_steps"]))
+    for name, tensor in trained(**HOW[what]).items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        {"packing": True, "max_length": 64},
-        {"packing": True, "packing_strategy": "wrapped", "max_length": 64},
-        {"padding_free": True, "max_length": None},
-    ],
-    ids=["packing-bfd", "packing-wrapped", "padding-free"],
-)
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "packing, bfd": {"packing": True, "max_length": 64},
+    "packing, wrapped": {"packing": True, "packing_strategy": "wrapped", "max_length": 64},
+    "padding-free batches": {"padding_free": True, "max_length": None},
+}
+
+
+@pytest.mark.compatibility(trainer="sft", start="{how}", feature="{layout}")
+@pytest.mark.parametrize("how", ["attach", "initialize"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_packed_and_padding_free_batches(
-    make_tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path, layout: dict[str, Any]
+    make_tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path, layout: str, how: str
 ) -> None:
     base = make_tiny_model()
     weights = base_state(base)
-    trainer = sft(base, tiny_tokenizer, tmp_path, peft_config=lora(), max_steps=2, **layout)
-    model = initialized(trainer, BOTH)
+    if how == "attach":
+        model = attached(base, tiny_tokenizer, BOTH)
+        trainer = sft(model, tiny_tokenizer, tmp_path, max_steps=2, **LAYOUTS[layout])
+    else:
+        options = {"peft_config": lora(), "max_steps": 2, **LAYOUTS[layout]}
+        trainer = sft(base, tiny_tokenizer, tmp_path, **options)
+        model = initialized(trainer, BOTH)
     before = adapter_state(model)
     trainer.train()
     assert_trained_all_but_the_frozen(before, model, weights)
     assert_exports(model, make_tiny_model(), tmp_path / "exported")
 
 
+@pytest.mark.compatibility(trainer="{kind}", start="{how}", feature="resume")
 @pytest.mark.parametrize(
     ("kind", "how", "method"),
     [
@@ -308,6 +269,7 @@ def test_packed_and_padding_free_batches(
         ("sft", "initialize", BOTH),
         ("sft", "initialize", PLAIN),
         ("dpo", "initialize", BOTH),
+        ("dpo", "attach", PLAIN),
         ("plain", "attach", PLAIN),
         ("plain", "initialize", {"name": "sc-lora", "trains": "a"}),
     ],
@@ -345,17 +307,21 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
     assert_exports(model, make_tiny_model(), tmp_path / "exported")
 
 
+@pytest.mark.compatibility(
+    trainer="sft", start="{how}", feature="early stopping, best checkpoint loaded"
+)
+@pytest.mark.parametrize("how", ["attach", "initialize"])
 @pytest.mark.parametrize("method", [PLAIN, BOTH], ids=lambda m: m["name"])
 def test_early_stopping_loads_the_best_checkpoint(
-    make_tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path, method: dict[str, Any]
+    make_tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path, method: dict[str, Any], how: str
 ) -> None:
     base = make_tiny_model()
     weights = base_state(base)
     trainer = sft(
-        base,
+        attached(base, tiny_tokenizer, method) if how == "attach" else base,
         tiny_tokenizer,
         tmp_path,
-        peft_config=lora(),
+        peft_config=lora() if how == "initialize" else None,
         eval_dataset=True,
         callbacks=[EarlyStoppingCallback(early_stopping_patience=1)],
         learning_rate=0.5,  # soon too much
@@ -368,7 +334,7 @@ def test_early_stopping_loads_the_best_checkpoint(
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
     )
-    model = initialized(trainer, method)
+    model = trainer.model if how == "attach" else initialized(trainer, method)
     before = adapter_state(model)
     trainer.train()
     assert trainer.state.global_step < 12
@@ -391,6 +357,13 @@ def test_dpo_copies_an_attached_adapter_as_its_reference_which_is_the_base(
     assert torch.equal(logits(model), expected)
 
 
+@pytest.mark.compatibility(
+    base="llama",
+    form="both",
+    trainer="dpo",
+    start="attach",
+    refused="TRL cannot copy an attached adapter of this form as its reference; use initialize",
+)
 def test_dpo_refuses_to_copy_an_attached_adapter_of_the_form_both(
     make_tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path
 ) -> None:

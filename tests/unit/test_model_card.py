@@ -11,11 +11,15 @@ import pytest
 import yaml
 from report_records import realistic_records
 
+import forgetless
 from forgetless.adapters.card import CARD, CardFacts, base_label, card_text, write_card
 from forgetless.errors import AdapterError
+from forgetless.evaluation.items import EvaluationItem
+from forgetless.evaluation.results import Sample
 from forgetless.experiments.model_card import card_facts, write_export_card
 from forgetless.experiments.record import Record, save_record
 from forgetless.methods import METHODS, make_method
+from training_setup import adapted
 
 CONFIG: dict[str, Any] = {
     "peft_type": "LORA",
@@ -104,6 +108,68 @@ def test_a_card_holds_no_rows_and_no_generations() -> None:
     [recipe] = [content for language, content in fences(card) if language == "yaml"]
     kept = {"train_data": [{"examples": "1 row given in Python", "seed": 0}], "seed": 0}
     assert yaml.safe_load(recipe) == kept
+
+
+def test_samples_stand_there_when_asked_for_and_self_data_only_when_asked_for_by_all() -> None:
+    record = record_with()
+    shared, kept = record.evaluation.items[:2]
+    sample = Sample(prompt=HOSTILE, reference="", base="a base text", tuned="````\n# Owned")
+    items = (
+        shared.model_copy(update={"samples": (sample,), "samples_can_be_shared": True}),
+        kept.model_copy(update={"samples": (sample.model_copy(update={"base": "own text"}),)}),
+    )
+    report = record.evaluation.model_copy(update={"items": items})
+    record = record.model_copy(update={"evaluation": report})
+
+    def card(samples: Any) -> str:
+        return card_text(CONFIG, card_facts(record, samples=samples))
+
+    assert "a base text" not in card("none")
+    assert "a base text" in card("shareable")
+    assert "own text" not in card("shareable")
+    assert "own text" in card("all")
+    contents = [content for _, content in fences(card("all"))]
+    assert "````\n# Owned" in contents
+    assert "\x1b" not in card("all")
+    with pytest.raises(AdapterError, match="expected one of none, shareable, all, got 'some'"):
+        card("some")
+
+
+@pytest.mark.parametrize(
+    ("item", "expected"),
+    [
+        ({"examples": ["a"], "name": "x"}, True),
+        ({"examples": ["a"], "name": "x", "redistributable": False}, False),
+        ({"self": True, "name": "x"}, False),
+    ],
+)
+def test_which_samples_may_be_shared(item: dict[str, Any], expected: bool) -> None:
+    assert EvaluationItem(**item).samples_can_be_shared is expected
+
+
+def test_a_report_of_ones_own_script_gives_the_card_its_table(
+    tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    texts = [f"The capital of country {i} is city {i * 7 % 13}." for i in range(8)]
+    model = adapted(tiny_model, "b")
+    item = {"name": "kept | *all*", "examples": texts}
+    report = forgetless.evaluate(model, tiny_tokenizer, retention=[item])
+    for target in ("peft", "merged"):
+        folder = forgetless.export(
+            model, tmp_path / target, target=target, method="lora-null", report=report
+        )
+        card = (folder / CARD).read_text()
+        [line] = [
+            line
+            for line in card.splitlines()
+            if line.startswith("| retention: kept") and "kl" in line
+        ]
+        assert f"{report.items[0].metrics['kl'].tuned.mean:.4g}" in line
+        assert r"kept \| \*all\*" in line
+        assert "2503.02659" in card
+        assert texts[0] not in card
+    half = forgetless.export(model, tmp_path / "half", report=report, scale=0.5)
+    assert "scaled by 0.5 here" in (half / CARD).read_text()
 
 
 def test_the_table_holds_the_records_figures() -> None:

@@ -1,6 +1,7 @@
 """The model card of an adapter folder: README.md with front matter, as model hubs read it.
 
-It holds no rows of data and no generated text, and names a local base by its folder's name only.
+It names a local base by its folder's name only, and holds no rows of data and no generated text but
+samples that were asked for.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol, get_args
 
 import yaml
 
 from forgetless.adapters.load import read_adapter_config
 from forgetless.atomic import write_atomically
+from forgetless.errors import AdapterError
 from forgetless.escaping import clean, markdown_code, markdown_text
 from forgetless.methods import method_options
 from forgetless.methods.base import Method
@@ -23,6 +25,67 @@ from forgetless.models.load import DEMO
 
 CARD = "README.md"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+# Which samples a card shows: `shareable` leaves out `self` data and sets not to be passed on.
+Samples = Literal["none", "shareable", "all"]
+
+
+@dataclass(frozen=True, slots=True)
+class CardSample:
+    """A prompt, and what base and tuned model wrote.
+
+    Attributes:
+        item: Of which evaluation item.
+        prompt: Its text.
+        base: The base model's answer.
+        tuned: The tuned model's.
+        can_be_shared: Whether its set may be passed on, and is not the model's own text.
+    """
+
+    item: str
+    prompt: str
+    base: str
+    tuned: str
+    can_be_shared: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CardFigures:
+    """What an evaluation contributes.
+
+    Attributes:
+        table: Gain and retention in Markdown, escaped.
+        samples: All there are; a card shows those that were asked for.
+        scale: Factor on ΔW at which they were measured.
+    """
+
+    table: str
+    samples: tuple[CardSample, ...] = ()
+    scale: float = 1.0
+
+    def chosen(self, samples: Samples) -> tuple[CardSample, ...]:
+        """Those that may be shown.
+
+        Raises:
+            AdapterError: No such choice.
+        """
+        if samples not in get_args(Samples):
+            raise AdapterError(
+                f"samples: expected one of {', '.join(get_args(Samples))}, got {samples!r}; "
+                "shareable leaves out self data and sets that are not redistributable"
+            )
+        if samples == "none":
+            return ()
+        return tuple(s for s in self.samples if s.can_be_shared or samples == "all")
+
+
+class Evaluated(Protocol):
+    """What `forgetless.evaluate` returns, as far as a card looks at it."""
+
+    def card_figures(self) -> CardFigures:
+        """Table and samples."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +97,7 @@ class CardFacts:
         method: How it was started.
         recipe: The resolved recipe that it was trained by, as plain values.
         figures: Gain and retention as a Markdown table, escaped.
+        samples: Generated texts to show.
         notes: Sentences on how these figures are to be read.
         trained: Steps, rate and seed, in one line.
         made: When and with what it was made, in one line.
@@ -46,6 +110,7 @@ class CardFacts:
     method: Method | None = None
     recipe: Mapping[str, Any] | None = None
     figures: str = ""
+    samples: tuple[CardSample, ...] = ()
     notes: tuple[str, ...] = ()
     trained: str = ""
     made: str = ""
@@ -94,6 +159,8 @@ def card_text(config: Mapping[str, Any], facts: CardFacts, *, merged: bool = Fal
         )
         notes = " ".join([legend, *map(markdown_text, facts.notes)])
         parts += ["## Gain and retention", notes, facts.figures.strip()]
+    if facts.samples:
+        parts += ["## Samples", *map(_sample, facts.samples)]
     loading = facts.loading or _loading(base, config, merged)
     parts += ["## Loading", markdown_code(loading, "python")]
     if facts.recipe is not None:
@@ -147,6 +214,12 @@ def _what(base: str, config: Mapping[str, Any], facts: CardFacts, merged: bool) 
         lines.append(f"- Trained: {markdown_text(facts.trained)}")
     lines.append(f"- Made with forgetless{markdown_text(facts.made and f': {facts.made}')}")
     return "\n".join(lines)
+
+
+def _sample(sample: CardSample) -> str:
+    texts = {"Prompt": sample.prompt, "Base": sample.base, "Tuned": sample.tuned}
+    blocks = [f"{name}:\n\n{markdown_code(text)}" for name, text in texts.items()]
+    return "\n\n".join([f"**{markdown_text(sample.item)}**", *blocks])
 
 
 def _loading(base: str, config: Mapping[str, Any], merged: bool) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from forgetless.adapters.card import CardFacts, CardFigures, Evaluated, Samples
 from forgetless.adapters.compress import (
     COMPRESSED,
     IDENTITY,
@@ -29,6 +31,7 @@ from forgetless.adapters.plain_files import PlainLora
 from forgetless.adapters.plain_lora import refuse_what_plain_lora_cannot_hold
 from forgetless.data.spec import DataInput
 from forgetless.errors import AdapterError, ForgetlessWarning
+from forgetless.methods import make_method
 
 __all__ = [
     "EXPORT_TARGETS",
@@ -69,6 +72,9 @@ def export(
     adapter: str = "default",
     base_name: str | None = None,
     revision: str | None = None,
+    method: str | Mapping[str, Any] | None = None,
+    report: Evaluated | None = None,
+    samples: Samples = "none",
 ) -> Path:
     """Write an adapter for an engine: one rank, alpha = rank, no patterns; or a merged model.
 
@@ -86,6 +92,11 @@ def export(
         adapter: Which adapter.
         base_name: Base model id to record; that of the model where none is given.
         revision: Its revision.
+        method: How the adapter was started, as `attach` was told: the model card then names the
+            method and its papers.
+        report: What `forgetless.evaluate` returned: its figures go into the model card.
+        samples: Which of the report's generated texts the card shows: `none`; `shareable`, which
+            leaves out `self` data and items with `redistributable: false`; or `all`.
 
     Returns:
         The folder.
@@ -105,6 +116,7 @@ def export(
         base_name=base_name,
         revision=revision,
         tokenizer=tokenizer,
+        card=_card(model, adapter, method, report, samples, scale),
     )
     metric = IDENTITY
     if moments_data is not None and is_above(job, max_rank):
@@ -113,9 +125,41 @@ def export(
         kept = Path(cache) if cache is not None else None
         metric = metric_on(model, tokenizer, moments_data, adapter=adapter, cache=kept)
     with cut_to(job, max_rank, metric) as (ready, compression):
+        if compression is not None:
+            ready = dataclasses.replace(ready, card=_cut_card(job.card, compression))
         chosen.write(ready)
         keep_figures(compression, job.folder)
     return job.folder
+
+
+def _card(
+    model: PeftModel,
+    adapter: str,
+    method: str | Mapping[str, Any] | None,
+    report: Evaluated | None,
+    samples: Samples,
+    scale: float,
+) -> CardFacts:
+    """What the caller knows of the adapter; rank and alpha are its own."""
+    found = CardFigures("") if report is None else report.card_figures()
+    made = None
+    if method is not None:
+        config = model.peft_config[adapter]
+        values = {"name": method} if isinstance(method, str) else dict(method)
+        made = make_method({"rank": config.r, "alpha": config.lora_alpha, **values})
+    notes: tuple[str, ...] = ()
+    if found.scale != scale:
+        notes = (
+            f"The update is scaled by {scale:g} here; the figures are those at scale "
+            f"{found.scale:g}.",
+        )
+    return CardFacts(method=made, figures=found.table, samples=found.chosen(samples), notes=notes)
+
+
+def _cut_card(card: CardFacts, cut: Compression) -> CardFacts:
+    """The figures are of the adapter as it was."""
+    words = f"rank cut from {cut.rank_before} to {cut.rank}, gain and retention not measured since"
+    return dataclasses.replace(card, figures="", samples=(), trained=words)
 
 
 def check_compression(max_rank: int | None, moments_data: object) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from forgetless.adapters.card import CardFacts
 from forgetless.adapters.round_trip import RoundTrip
 
 
@@ -28,6 +29,7 @@ class ExportJob:
         revision: Its revision.
         tokenizer: Written beside a whole model.
         checkpoint_dtype: Of the base's own files, which may be narrower than the live model.
+        card: What the model card tells beside the adapter's own configuration.
     """
 
     model: PeftModel
@@ -38,6 +40,7 @@ class ExportJob:
     revision: str | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     checkpoint_dtype: torch.dtype | None = None
+    card: CardFacts = field(default_factory=CardFacts)
 
 
 class ExportTarget(ABC):

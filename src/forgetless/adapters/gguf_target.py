@@ -51,7 +51,7 @@ class LlamaCpp(ExportTarget):
                 base=base_label(base) if base else None,
                 revision=job.revision,
             )
-            write_gguf_card(workplace, CardFacts(base=base))
+            write_gguf_card(workplace, replace(job.card, base=base))
         return torch.float32
 
     def compare(self, job: ExportJob, input_ids_BT: Tensor) -> RoundTrip:

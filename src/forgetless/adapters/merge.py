@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from forgetless.adapters.card import write_card
 from forgetless.adapters.export_target import ExportJob, ExportTarget
 from forgetless.adapters.forms import adapted_layers, factors
 from forgetless.adapters.plain_lora import refuse_what_plain_lora_cannot_hold
@@ -21,9 +23,8 @@ from forgetless.adapters.whole_folder import written_into
 from forgetless.errors import AdapterError
 from forgetless.linalg.precision import full_precision
 from forgetless.models.dequantize import is_quantized
-from forgetless.models.load import load_model
 from forgetless.models.quantization import quantization_of
-from forgetless.models.targets import base_of
+from forgetless.models.targets import base_of, module_suffixes
 
 
 class MergedModel(ExportTarget):
@@ -34,7 +35,7 @@ class MergedModel(ExportTarget):
     is_peft = False
 
     def write(self, job: ExportJob) -> torch.dtype:
-        """The whole model, and the tokenizer where the job has one."""
+        """The whole model with its card, and the tokenizer where the job has one."""
         save_merged(
             job.model,
             job.folder,
@@ -43,11 +44,20 @@ class MergedModel(ExportTarget):
             dtype=job.checkpoint_dtype,
             tokenizer=job.tokenizer,
         )
+        config = job.model.peft_config[job.adapter].to_dict()
+        config["revision"] = job.revision or config["revision"]
+        layers = adapted_layers(job.model, job.adapter)
+        config["target_modules"] = module_suffixes(base_of(job.model), list(layers))
+        name = job.base_name or base_of(job.model).config.name_or_path
+        write_card(job.folder, replace(job.card, base=name or None), config=config, merged=True)
         return _dtype(job)
 
     def compare(self, job: ExportJob, input_ids_BT: Tensor) -> RoundTrip:
         """Load the model that was written."""
-        merged = load_model(str(job.folder), dtype=_dtype(job), device=input_ids_BT.device).model
+        # By the base's own class: an encoder-decoder is merged, too.
+        kind = type(base_of(job.model))
+        merged = kind.from_pretrained(job.folder, dtype=_dtype(job), local_files_only=True)
+        merged = merged.to(input_ids_BT.device).eval()
         return check_merged(job.model, merged, input_ids_BT, scale=job.scale, adapter=job.adapter)
 
     def summary(self, rank: int, dtype: torch.dtype) -> str:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from forgetless.adapters.base_identity import base_metadata
-from forgetless.adapters.card import CardFacts, write_card
+from forgetless.adapters.card import write_card
 from forgetless.adapters.engines import A_SUFFIX, B_SUFFIX, PREFIX, Engine, missing_of_types
 from forgetless.adapters.export_target import ExportJob, ExportTarget
 from forgetless.adapters.forms import adapted_layers
@@ -52,7 +53,7 @@ class PlainLora(ExportTarget):
         with written_into(job.folder, "export") as workplace:
             save_plain(workplace, job, padded(updates, rank))
             refuse_breaches(workplace, self._engine, {*linear, *layers}, shown=job.folder)
-            write_card(workplace, CardFacts(base=base_name_of(job)))
+            write_card(workplace, replace(job.card, base=base_name_of(job)))
         return torch.float32
 
     def compare(self, job: ExportJob, input_ids_BT: Tensor) -> RoundTrip:

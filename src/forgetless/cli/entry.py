@@ -119,6 +119,13 @@ _add(
     name="export",
 )
 _add(
+    verbs.push,
+    "Upload an export with its model card to the hub.",
+    "forgetless push runs/first you/my-adapter --private",
+    "forgetless export runs/first my-adapter --samples shareable",
+    "forgetless push my-adapter you/my-adapter",
+)
+_add(
     guides.inspect,
     "What a run, an adapter, a cache or a base model is.",
     "forgetless inspect runs/first",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.console import Console
@@ -20,6 +20,9 @@ from forgetless.cli.output import (
     told_on_stop,
 )
 from forgetless.errors import AdapterError
+
+if TYPE_CHECKING:
+    from forgetless.adapters.card import Samples
 
 
 def demo(
@@ -222,6 +225,14 @@ def export_adapter(
         ),
     ] = "none",
     merge: Annotated[bool, typer.Option("--merge", help="The same as --target merged.")] = False,
+    samples: Annotated[
+        str,
+        typer.Option(
+            metavar="none|shareable|all",
+            help="Generated texts in the model card; shareable: not those of self data, nor of "
+            "items with redistributable: false.",
+        ),
+    ] = "none",
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -249,6 +260,7 @@ def export_adapter(
                 max_rank=max_rank,
                 moments_data=moments_data,
                 quantization=quantization,
+                samples=cast("Samples", samples),
                 progress=progress,
             )
     if as_json:
@@ -265,3 +277,29 @@ def export_adapter(
             print_text(line)
         if done.is_peft:
             print_text(f"gain after the cut: forgetless evaluate RECIPE --adapter {output}")
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="An exported folder, or a finished run.")],
+    repo_id: Annotated[str, typer.Argument(help="you/name, on the Hugging Face hub.")],
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a new repository private.")
+    ] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch to write to; it must exist. main by default.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Upload what `export` or `run` wrote, with its model card, to the Hugging Face hub.
+
+    Only the export's own files; files of these names in the repository are replaced, others stay.
+    """
+    with told_on_stop():
+        from forgetless.adapters.hub import push_folder
+
+        with results_only(as_json):
+            done = push_folder(folder, repo_id, private=private or None, revision=revision)
+    if as_json:
+        print_json({"url": done.url, "commit": done.commit, "files": list(done.files)})
+        return
+    print_text(f"{len(done.files)} files: {done.url}")

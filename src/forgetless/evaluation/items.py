@@ -38,6 +38,8 @@ class EvaluationItem(DataSpec):
         batch_size: Rows a forward pass.
         labels: Every answer that may be given, for `contains`: a text that names a wrong one
             beside the right one counts as wrong.
+        redistributable: Whether rows of this set may be passed on. Where not, and for `self` data,
+            a model card shows no samples of it unless they are asked for.
         refusal_expected: Whether the prompts ought to be refused. False for harmless ones: fewer
             refusals are then better.
     """
@@ -48,11 +50,17 @@ class EvaluationItem(DataSpec):
     batch_size: int = Field(default=16, ge=1)
     labels: tuple[str, ...] = ()
     refusal_expected: bool = True
+    redistributable: bool = True
 
     @property
     def needs_completion(self) -> bool:
         """Whether a metric looks at the row's completion, or at the answers that it gives."""
         return set(self.metrics) != {"refusal"}
+
+    @property
+    def samples_can_be_shared(self) -> bool:
+        """Whether prompts and answers of it may stand in public."""
+        return self.redistributable and not self.self_sampled
 
     @field_validator("metrics")
     @classmethod

@@ -58,6 +58,7 @@ def measure_item(
         samples=answers.samples,
         row_values={metric: found[metric].by_row for metric in loaded.item.metrics},
         hit_limit=answers.hit_limit,
+        samples_can_be_shared=loaded.item.samples_can_be_shared,
     )
 
 

@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from forgetless.adapters.card import CardFigures
+from forgetless.evaluation.as_card import card_figures
 from forgetless.evaluation.as_text import report_text
 
 Side = Literal["gain", "retention"]
@@ -128,6 +130,8 @@ class ItemResult(_Value):
 
     In older records `row_values` is empty and `hit_limit` None, as where no metric generates.
     `lm_eval` is None where the item is none of its tasks.
+    `samples_can_be_shared` is False for `self` data and sets that must not be passed on, and in
+    records that do not tell: a model card then holds no sample of the item unless asked for.
     """
 
     name: str
@@ -139,6 +143,7 @@ class ItemResult(_Value):
     row_values: dict[str, RowValues] = {}
     hit_limit: HitLimit | None = None
     lm_eval: TaskFacts | None = None
+    samples_can_be_shared: bool = False
 
 
 class LayerMovement(_Value):
@@ -204,6 +209,10 @@ class EvaluationReport(_Value):
     movement: Movement | None = None
     scale: float = 1.0
     seconds: float = 0.0
+
+    def card_figures(self) -> CardFigures:
+        """What a model card tells of it."""
+        return card_figures(self)
 
     def __str__(self) -> str:
         """A table in plain text, at most 80 columns wide."""

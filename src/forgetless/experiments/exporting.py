@@ -10,6 +10,7 @@ import torch
 import yaml
 from transformers import AutoConfig
 
+from forgetless.adapters.card import CardFigures, Samples
 from forgetless.adapters.compress import (
     IDENTITY,
     Compression,
@@ -80,6 +81,7 @@ def export_folder(
     max_rank: int | None = None,
     moments_data: str | None = None,
     quantization: str = "none",
+    samples: Samples = "none",
     progress: Progress | None = None,
 ) -> Exported:
     """Load an adapter on its base, write it for a target, reload it and compare logits.
@@ -95,6 +97,8 @@ def export_folder(
             `compression.json` beside the export.
         moments_data: A path, a hub id, `self`, or a data spec as YAML.
         quantization: How to quantise the base while it is loaded, to compare in less memory.
+        samples: Which of the run's generated texts the model card shows: `none`, `shareable`
+            (not those of `self` data and of items with `redistributable: false`), or `all`.
         progress: Hears of the phases, and of warnings.
 
     Raises:
@@ -105,6 +109,7 @@ def export_folder(
     heard = progress or Progress()
     chosen = export_target(target)
     check_compression(max_rank, moments_data)
+    CardFigures("").chosen(samples)  # refused before anything is loaded
     data = None if moments_data is None else _moments_data(moments_data)
     if not scale > 0:
         raise RecipeError(
@@ -145,6 +150,7 @@ def export_folder(
         scale=scale,
         merged=not chosen.is_adapter,
         cut=compression,
+        samples=samples,
         warn=heard.warn,
     )
     summary = chosen.summary(rank, dtype)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from forgetless.adapters.card import CardFacts, write_card
+from forgetless.adapters.card import CardFacts, Samples, write_card
 from forgetless.adapters.compress import Compression
 from forgetless.adapters.gguf_files import GGUF
 from forgetless.adapters.gguf_target import write_gguf_card
@@ -19,13 +19,16 @@ from forgetless.methods import make_method
 _SHOWN_VERSIONS = ("forgetless", "peft", "transformers", "torch")
 
 
-def card_facts(record: Record, *, scale: float = 1.0, merged: bool = False) -> CardFacts:
+def card_facts(
+    record: Record, *, scale: float = 1.0, merged: bool = False, samples: Samples = "none"
+) -> CardFacts:
     """Method, recipe and figures of a finished run.
 
     Args:
         record: The run's.
         scale: Factor on ΔW in what the card describes.
         merged: Whether the update is merged into the base there.
+        samples: Which of the run's generated texts to show; they are those at scale 1.
     """
     notes = []
     measured = next((r for r in record.scaled if r.scale == scale), None)
@@ -44,6 +47,7 @@ def card_facts(record: Record, *, scale: float = 1.0, merged: bool = False) -> C
         method=make_method(record.method),
         recipe=record.recipe,
         figures=markdown_table([shown]) if shown.evaluation.items else "",
+        samples=record.evaluation.card_figures().chosen(samples) if scale == 1.0 else (),
         notes=tuple(notes),
         trained=f"{record.training.steps} steps at learning rate "
         f"{record.training.learning_rate:g}, seed {record.seed}",
@@ -59,6 +63,7 @@ def write_export_card(
     scale: float = 1.0,
     merged: bool = False,
     cut: Compression | None = None,
+    samples: Samples = "none",
     warn: Callable[[str], None] | None = None,
 ) -> None:
     """Give an exported folder its card, with the figures of the run that the adapter came from.
@@ -70,20 +75,23 @@ def write_export_card(
         scale: Factor on ΔW.
         merged: Whether `output` is a merged model.
         cut: What cutting the rank did; the run's figures are then not those of `output`.
+        samples: Which of the run's generated texts the card shows.
         warn: Told of a record that cannot be read; the card then does without it.
     """
     facts = CardFacts(base=base)
     record = source.parent / "record.json"
     if source.name == "adapter" and record.is_file():
         try:
-            facts = card_facts(load_record(record), scale=scale, merged=merged)
+            facts = card_facts(load_record(record), scale=scale, merged=merged, samples=samples)
         except ArtefactError as error:
             if warn is not None:
                 warn(f"the model card has no figures: {error}")
     if cut is not None:
         ranks = f"rank cut from {cut.rank_before} to {cut.rank}"
         words = f"{ranks}, gain and retention not measured since"
-        facts = replace(facts, figures="", trained="; ".join(filter(None, [facts.trained, words])))
+        facts = replace(
+            facts, figures="", samples=(), trained="; ".join(filter(None, [facts.trained, words]))
+        )
     if (output / GGUF).is_file():
         write_gguf_card(output, facts)
         return
