@@ -17,12 +17,12 @@ from torch import nn
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel
 
 import forgetless
-from forgetless.adapters import gguf_architectures
 from forgetless.adapters.export import EXPORT_TARGETS
 from forgetless.adapters.export_target import ExportJob
 from forgetless.adapters.forms import adapted_layers, factors
-from forgetless.adapters.gguf_architectures import ARCHITECTURES
-from forgetless.adapters.gguf_files import GGUF, GgufLora, read_lora, write_lora
+from forgetless.adapters.gguf import architectures
+from forgetless.adapters.gguf.architectures import ARCHITECTURES
+from forgetless.adapters.gguf.files import GGUF, GgufLora, read_lora, write_lora
 from forgetless.adapters.lint import lint_adapter
 from forgetless.cli import main
 from forgetless.errors import AdapterError, ArtefactError
@@ -113,7 +113,7 @@ def test_rows_in_the_wrong_order_do_not_pass_the_comparison(
     kind, model = base.config.model_type, foreign(base)
     with monkeypatch.context() as patch:
         unordered = dataclasses.replace(ARCHITECTURES[kind], row_orders={})
-        patch.setitem(gguf_architectures.ARCHITECTURES, kind, unordered)
+        patch.setitem(architectures.ARCHITECTURES, kind, unordered)
         forgetless.export(model, tmp_path, target="llama.cpp")
     with pytest.raises(AdapterError, match="expected the live adapter's update at layer"):
         TARGET.compare(ExportJob(model=model, folder=tmp_path), IDS)
@@ -254,13 +254,13 @@ BROKEN: dict[str, tuple[str, Callable[[GgufLora], None]]] = {
 def test_lint_names_what_llama_cpp_refuses_or_passes_over(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from forgetless.adapters import gguf_lint
+    from forgetless.adapters.gguf import lint
 
     forgetless.export(foreign(tiny_base("llama")), tmp_path, target="llama.cpp")
     lora = read_lora(tmp_path / GGUF)
     breach, damage = BROKEN[what]
     damage(lora)
-    monkeypatch.setattr(gguf_lint, "read_lora", lambda path: lora)
+    monkeypatch.setattr(lint, "read_lora", lambda path: lora)
     assert any(breach in line for line in lint_adapter(tmp_path, "llama.cpp"))
 
 

@@ -25,9 +25,9 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 import forgetless
-from forgetless.adapters import gguf_architectures
-from forgetless.adapters.gguf_architectures import ARCHITECTURES
-from forgetless.adapters.gguf_files import GGUF
+from forgetless.adapters.gguf import architectures
+from forgetless.adapters.gguf.architectures import ARCHITECTURES
+from forgetless.adapters.gguf.files import GGUF
 from tiny_bases import tiny_base
 
 llama_cpp = pytest.importorskip(
@@ -97,7 +97,7 @@ def export_unordered(model: PeftModel, folder: Path, kind: str, patch: pytest.Mo
     """What an export would be that keeps the rows in transformers' order."""
     unordered = dataclasses.replace(ARCHITECTURES[kind], row_orders={})
     with patch.context() as within:
-        within.setitem(gguf_architectures.ARCHITECTURES, kind, unordered)
+        within.setitem(architectures.ARCHITECTURES, kind, unordered)
         return forgetless.export(model, folder, target="llama.cpp") / GGUF
 
 

@@ -25,7 +25,7 @@ from forgetless.adapters.compress import (
 )
 from forgetless.adapters.engines import ENGINES
 from forgetless.adapters.export_target import ExportJob, ExportTarget
-from forgetless.adapters.gguf_target import LlamaCpp
+from forgetless.adapters.gguf.target import LlamaCpp
 from forgetless.adapters.merge import MergedModel, save_merged
 from forgetless.adapters.plain_files import PlainLora
 from forgetless.adapters.plain_lora import refuse_what_plain_lora_cannot_hold

@@ -9,8 +9,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from forgetless.adapters.engines import ENGINES, AdapterFiles, Engine
-from forgetless.adapters.gguf_architectures import NAME as LLAMA_CPP
-from forgetless.adapters.gguf_lint import gguf_breaches
+from forgetless.adapters.gguf.architectures import NAME as LLAMA_CPP
+from forgetless.adapters.gguf.lint import gguf_breaches
 from forgetless.adapters.load import WEIGHTS, read_adapter_config
 from forgetless.errors import AdapterError, ArtefactError
 from forgetless.models.targets import find_targets

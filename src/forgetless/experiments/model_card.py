@@ -8,8 +8,8 @@ from pathlib import Path
 
 from forgetless.adapters.card import CardFacts, Samples, write_card
 from forgetless.adapters.compress import Compression
-from forgetless.adapters.gguf_files import GGUF
-from forgetless.adapters.gguf_target import write_gguf_card
+from forgetless.adapters.gguf.files import GGUF
+from forgetless.adapters.gguf.target import write_gguf_card
 from forgetless.adapters.load import CONFIG, read_adapter_config
 from forgetless.errors import ArtefactError
 from forgetless.experiments.markdown import markdown_table

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from forgetless.adapters.card import CardFacts, base_label, write_card
 from forgetless.adapters.export_target import ExportJob, ExportTarget
-from forgetless.adapters.gguf_architectures import NAME
-from forgetless.adapters.gguf_files import GGUF, GgufLora, read_lora, updates_of, write_lora
+from forgetless.adapters.gguf.architectures import NAME
+from forgetless.adapters.gguf.files import GGUF, GgufLora, read_lora, updates_of, write_lora
 from forgetless.adapters.plain_files import save_plain
 from forgetless.adapters.plain_lora import refuse_what_plain_lora_cannot_hold
 from forgetless.adapters.round_trip import RoundTrip, check_round_trip

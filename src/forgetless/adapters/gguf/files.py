@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from forgetless.adapters.gguf_architectures import NAME, GgufArchitecture, architecture_of
+from forgetless.adapters.gguf.architectures import NAME, GgufArchitecture, architecture_of
 from forgetless.errors import AdapterError, ArtefactError
 
 GGUF = "adapter.gguf"

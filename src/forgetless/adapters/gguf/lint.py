@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import nn
 
-from forgetless.adapters.gguf_architectures import NAME, architecture_of
-from forgetless.adapters.gguf_files import GGUF, A, B, GgufLora, read_lora, updates_of
+from forgetless.adapters.gguf.architectures import NAME, architecture_of
+from forgetless.adapters.gguf.files import GGUF, A, B, GgufLora, read_lora, updates_of
 from forgetless.adapters.load import CONFIG
 from forgetless.errors import AdapterError
 from forgetless.models.targets import base_of, find_targets
