@@ -45,26 +45,9 @@ class Astra(Method):
     paper: ClassVar[str] = "Astra, arXiv:2602.19111"
     bibtex: ClassVar[tuple[str, ...]] = (_BIBTEX,)
     promise: ClassVar[str] = "none on preserve data; it learns fast on train data"
-
-    @property
-    def form(self) -> Trains:
-        """Deviations of both factors."""
-        return "both"
-
-    @property
-    def needs(self) -> frozenset[Role]:
-        """Train data only."""
-        return frozenset({"train"})
-
-    @property
-    def default_learning_rate(self) -> float:
-        """2e-4."""
-        return 2e-4
-
-    @property
-    def learning_rate_source(self) -> str:
-        """Source of the default rate."""
-        return f"{UNTUNED_RATE}; the authors use 2e-5"
+    usual_form: ClassVar[Trains] = "both"
+    usual_needs: ClassVar[frozenset[Role]] = frozenset({"train"})
+    usual_rate_source: ClassVar[str] = f"{UNTUNED_RATE}; the authors use 2e-5"
 
     def init(
         self, layer: LayerWeights, stats: SiteStatistics, generator: torch.Generator

@@ -90,8 +90,10 @@ class Method(ABC):
         paper: Source, as an arXiv id with the authors' short title.
         bibtex: Entries to cite, with the paper's own authors and title.
         promise: One line: what it keeps, and what it does not.
-        default_learning_rate: Used where the user gives none.
-        learning_rate_source: Where that figure comes from.
+        usual_form: `form`, where no option changes it.
+        usual_needs: `needs`, where no option changes them.
+        usual_rate: `default_learning_rate`, where no option changes it.
+        usual_rate_source: Where that figure comes from.
         default_weight_decay: Used where the user gives none.
     """
 
@@ -104,6 +106,10 @@ class Method(ABC):
     paper: ClassVar[str]
     bibtex: ClassVar[tuple[str, ...]]
     promise: ClassVar[str]
+    usual_form: ClassVar[Trains]
+    usual_needs: ClassVar[frozenset[Role]] = frozenset()
+    usual_rate: ClassVar[float] = 2e-4
+    usual_rate_source: ClassVar[str] = UNTUNED_RATE
     default_weight_decay: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
@@ -125,14 +131,14 @@ class Method(ABC):
         return alpha * math.sqrt(self.rank) if self.rslora else alpha
 
     @property
-    @abstractmethod
     def form(self) -> Trains:
         """Which form holds the adapter: what trains."""
+        return self.usual_form
 
     @property
-    @abstractmethod
     def needs(self) -> frozenset[Role]:
         """Which data must be calibrated on."""
+        return self.usual_needs
 
     @property
     def bottom_roles(self) -> frozenset[Role]:
@@ -143,14 +149,14 @@ class Method(ABC):
         return frozenset()
 
     @property
-    @abstractmethod
     def default_learning_rate(self) -> float:
         """Learning rate where the user gives none, for AdamW with a cosine schedule."""
+        return self.usual_rate
 
     @property
-    @abstractmethod
     def learning_rate_source(self) -> str:
         """Where `default_learning_rate` comes from."""
+        return self.usual_rate_source
 
     @abstractmethod
     def init(

@@ -57,31 +57,17 @@ class ContrastiveBasis(Method):
         "A is frozen where train inputs are strong for what preserve inputs are: the change on "
         "preserve data is bounded by the share of them that A reads (leakage)"
     )
+    usual_form: ClassVar[Trains] = "b"
+    usual_needs: ClassVar[frozenset[Role]] = frozenset({"train", "preserve"})
+    usual_rate: ClassVar[float] = 1e-3
+    usual_rate_source: ClassVar[str] = (
+        "that of LoRA-Null with A frozen, its nearest kin; not tuned for this method"
+    )
 
     def __post_init__(self) -> None:
         """Check the options."""
         Method.__post_init__(self)
         self._require(self.epsilon > 0, f"epsilon: expected a number above 0, got {self.epsilon}")
-
-    @property
-    def form(self) -> Trains:
-        """B alone trains."""
-        return "b"
-
-    @property
-    def needs(self) -> frozenset[Role]:
-        """Both."""
-        return frozenset({"train", "preserve"})
-
-    @property
-    def default_learning_rate(self) -> float:
-        """1e-3."""
-        return 1e-3
-
-    @property
-    def learning_rate_source(self) -> str:
-        """Source of the default rate."""
-        return "that of LoRA-Null with A frozen, its nearest kin; not tuned for this method"
 
     def init(
         self, layer: LayerWeights, stats: SiteStatistics, generator: torch.Generator

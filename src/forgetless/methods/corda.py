@@ -63,6 +63,8 @@ class CorDA(Method):
     promise: ClassVar[str] = (
         "kpm starts in the outputs that preserve data reach least; bounds nothing afterwards"
     )
+    usual_form: ClassVar[Trains] = "both"
+    usual_rate_source: ClassVar[str] = f"{UNTUNED_RATE}; the authors use 2e-5"
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -77,11 +79,6 @@ class CorDA(Method):
         return "preserve" if self.mode == "kpm" else "train"
 
     @property
-    def form(self) -> Trains:
-        """Deviations of both factors."""
-        return "both"
-
-    @property
     def needs(self) -> frozenset[Role]:
         """Preserve data (`kpm`) or train data (`ipm`)."""
         return frozenset({self._role})
@@ -90,16 +87,6 @@ class CorDA(Method):
     def bottom_roles(self) -> frozenset[Role]:
         """`kpm` picks the weakest triplets."""
         return frozenset({"preserve"}) if self.mode == "kpm" else frozenset()
-
-    @property
-    def default_learning_rate(self) -> float:
-        """2e-4."""
-        return 2e-4
-
-    @property
-    def learning_rate_source(self) -> str:
-        """Source of the default rate."""
-        return f"{UNTUNED_RATE}; the authors use 2e-5"
 
     def init(
         self, layer: LayerWeights, stats: SiteStatistics, generator: torch.Generator

@@ -17,7 +17,6 @@ import torch
 
 from forgetless.linalg.subspace import top_basis
 from forgetless.methods.base import (
-    UNTUNED_RATE,
     AdapterInit,
     LayerWeights,
     Method,
@@ -53,26 +52,8 @@ class EVA(Method):
     paper: ClassVar[str] = "EVA, arXiv:2410.07170"
     bibtex: ClassVar[tuple[str, ...]] = (_BIBTEX,)
     promise: ClassVar[str] = "none on preserve data; it learns fast on train data"
-
-    @property
-    def form(self) -> Trains:
-        """Ordinary LoRA from B = 0."""
-        return "plain"
-
-    @property
-    def needs(self) -> frozenset[Role]:
-        """Train data only."""
-        return frozenset({"train"})
-
-    @property
-    def default_learning_rate(self) -> float:
-        """2e-4."""
-        return 2e-4
-
-    @property
-    def learning_rate_source(self) -> str:
-        """Source of the default rate."""
-        return UNTUNED_RATE
+    usual_form: ClassVar[Trains] = "plain"
+    usual_needs: ClassVar[frozenset[Role]] = frozenset({"train"})
 
     def init(
         self, layer: LayerWeights, stats: SiteStatistics, generator: torch.Generator

@@ -18,7 +18,6 @@ from forgetless.methods.base import (
     AdapterInit,
     LayerWeights,
     Method,
-    Role,
     SiteStatistics,
     Trains,
 )
@@ -44,26 +43,10 @@ class LoRA(Method):
     paper: ClassVar[str] = "LoRA, arXiv:2106.09685"
     bibtex: ClassVar[tuple[str, ...]] = (_BIBTEX,)
     promise: ClassVar[str] = "none on preserve data; the baseline"
-
-    @property
-    def form(self) -> Trains:
-        """Both factors train from B = 0."""
-        return "plain"
-
-    @property
-    def needs(self) -> frozenset[Role]:
-        """No data."""
-        return frozenset()
-
-    @property
-    def default_learning_rate(self) -> float:
-        """2e-4."""
-        return 2e-4
-
-    @property
-    def learning_rate_source(self) -> str:
-        """Source of the default rate."""
-        return "QLoRA, arXiv:2305.14314, Table 9 (7B and 13B); tune it: results differ most by rate"
+    usual_form: ClassVar[Trains] = "plain"
+    usual_rate_source: ClassVar[str] = (
+        "QLoRA, arXiv:2305.14314, Table 9 (7B and 13B); tune it: results differ most by rate"
+    )
 
     def init(
         self, layer: LayerWeights, stats: SiteStatistics, generator: torch.Generator

@@ -63,6 +63,7 @@ class LoRANull(Method):
         "trains: b keeps every layer's output on inputs like the preserve data, whatever B "
         "becomes; trains: both only starts there"
     )
+    usual_needs: ClassVar[frozenset[Role]] = frozenset({"preserve"})
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -83,11 +84,6 @@ class LoRANull(Method):
     def form(self) -> Trains:
         """`b` or `both`."""
         return self.trains
-
-    @property
-    def needs(self) -> frozenset[Role]:
-        """Preserve data only."""
-        return frozenset({"preserve"})
 
     @property
     def bottom_roles(self) -> frozenset[Role]:

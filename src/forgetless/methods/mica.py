@@ -18,7 +18,6 @@ from forgetless.methods.base import (
     AdapterInit,
     LayerWeights,
     Method,
-    Role,
     SiteStatistics,
     Trains,
 )
@@ -45,26 +44,10 @@ class MiCA(Method):
         "each layer's change stays in the output directions of the weights' smallest singular "
         "values; nothing about the input side"
     )
-
-    @property
-    def form(self) -> Trains:
-        """A alone trains."""
-        return "a"
-
-    @property
-    def needs(self) -> frozenset[Role]:
-        """No data."""
-        return frozenset()
-
-    @property
-    def default_learning_rate(self) -> float:
-        """2e-4."""
-        return 2e-4
-
-    @property
-    def learning_rate_source(self) -> str:
-        """Source of the default rate."""
-        return f"{UNTUNED_RATE}; the authors advise half of LoRA's rank and twice its rate"
+    usual_form: ClassVar[Trains] = "a"
+    usual_rate_source: ClassVar[str] = (
+        f"{UNTUNED_RATE}; the authors advise half of LoRA's rank and twice its rate"
+    )
 
     def init(
         self, layer: LayerWeights, stats: SiteStatistics, generator: torch.Generator

@@ -34,9 +34,5 @@ class MiLoRA(PiSSA):
     promise: ClassVar[str] = (
         "starts where the weights do least, whatever the data; bounds nothing afterwards"
     )
+    usual_rate_source: ClassVar[str] = UNTUNED_RATE
     end: ClassVar[End] = "bottom"
-
-    @property
-    def learning_rate_source(self) -> str:
-        """Source of the default rate."""
-        return UNTUNED_RATE

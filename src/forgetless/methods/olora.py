@@ -15,11 +15,9 @@ import torch
 
 from forgetless.linalg.precision import full_precision
 from forgetless.methods.base import (
-    UNTUNED_RATE,
     AdapterInit,
     LayerWeights,
     Method,
-    Role,
     SiteStatistics,
     Trains,
 )
@@ -43,26 +41,7 @@ class OLoRA(Method):
     paper: ClassVar[str] = "OLoRA, arXiv:2406.01775"
     bibtex: ClassVar[tuple[str, ...]] = (_BIBTEX,)
     promise: ClassVar[str] = "none on preserve data"
-
-    @property
-    def form(self) -> Trains:
-        """Deviations of both factors."""
-        return "both"
-
-    @property
-    def needs(self) -> frozenset[Role]:
-        """No data."""
-        return frozenset()
-
-    @property
-    def default_learning_rate(self) -> float:
-        """2e-4."""
-        return 2e-4
-
-    @property
-    def learning_rate_source(self) -> str:
-        """Source of the default rate."""
-        return UNTUNED_RATE
+    usual_form: ClassVar[Trains] = "both"
 
     def init(
         self, layer: LayerWeights, stats: SiteStatistics, generator: torch.Generator

@@ -19,7 +19,6 @@ from forgetless.methods.base import (
     AdapterInit,
     LayerWeights,
     Method,
-    Role,
     SiteStatistics,
     Trains,
 )
@@ -45,27 +44,9 @@ class PiSSA(Method):
     paper: ClassVar[str] = "PiSSA, arXiv:2404.02948"
     bibtex: ClassVar[tuple[str, ...]] = (_BIBTEX,)
     promise: ClassVar[str] = "none on preserve data; it changes what the weights do most"
+    usual_form: ClassVar[Trains] = "both"
+    usual_rate_source: ClassVar[str] = f"{UNTUNED_RATE}; the authors use 2e-5"
     end: ClassVar[End] = "top"
-
-    @property
-    def form(self) -> Trains:
-        """Deviations of both factors."""
-        return "both"
-
-    @property
-    def needs(self) -> frozenset[Role]:
-        """No data."""
-        return frozenset()
-
-    @property
-    def default_learning_rate(self) -> float:
-        """2e-4."""
-        return 2e-4
-
-    @property
-    def learning_rate_source(self) -> str:
-        """Source of the default rate."""
-        return f"{UNTUNED_RATE}; the authors use 2e-5"
 
     def init(
         self, layer: LayerWeights, stats: SiteStatistics, generator: torch.Generator

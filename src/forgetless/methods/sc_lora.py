@@ -73,6 +73,7 @@ class SCLoRA(Method):
         "starts where a change costs preserve data least; bounds nothing afterwards (trains: a "
         "keeps the output subspace)"
     )
+    usual_rate_source: ClassVar[str] = LORAS_RATE
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -103,16 +104,6 @@ class SCLoRA(Method):
     def bottom_roles(self) -> frozenset[Role]:
         """At β = 1 the directions are the weakest of preserve data, and nothing else."""
         return frozenset({"preserve"}) if self.beta == 1 else frozenset()
-
-    @property
-    def default_learning_rate(self) -> float:
-        """2e-4."""
-        return 2e-4
-
-    @property
-    def learning_rate_source(self) -> str:
-        """Source of the default rate."""
-        return LORAS_RATE
 
     def init(
         self, layer: LayerWeights, stats: SiteStatistics, generator: torch.Generator
