@@ -144,12 +144,13 @@ def test_initialize_between_making_a_trainer_and_training(
     assert_exports(model, make_tiny_model(), tmp_path / "exported")
 
 
+@pytest.mark.parametrize("method", [BOTH, {"name": "lora-ga"}], ids=["moments", "gradient"])
 def test_initialize_and_attach_start_alike_on_the_same_data(
-    make_tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path
+    make_tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path, method: dict[str, object]
 ) -> None:
     trainer = plain(make_tiny_model(), tiny_tokenizer, tmp_path, peft_config=lora())
-    late = adapter_state(initialized(trainer, BOTH))
-    early = adapter_state(attached(make_tiny_model(), tiny_tokenizer, BOTH))
+    late = adapter_state(initialized(trainer, method))
+    early = adapter_state(attached(make_tiny_model(), tiny_tokenizer, method))
     assert late.keys() == early.keys()
     for name, tensor in early.items():
         if ".lora_fixed_A." in name:  # row spaces: the sign of a basis vector is nobody's choice

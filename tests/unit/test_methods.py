@@ -99,7 +99,8 @@ def test_sc_lora_counts_and_drops_directions_of_negative_reward() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_is_deterministic_under_its_generator(name: str) -> None:
     method = make_method(name, rank=2)
-    stats = SiteStatistics(moment_of(random(30, 5, seed=1)), moment_of(random(30, 5, seed=2)))
+    moments = (moment_of(random(30, 5, seed=seed)) for seed in (1, 2))
+    stats = SiteStatistics(*moments, gradient_OD=random(6, 5, seed=3))
     first, second = (
         method.init(LayerWeights("l", random(6, 5)), stats, generator()) for _ in range(2)
     )

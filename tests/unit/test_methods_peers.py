@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
+from peft import (
+    EvaConfig,
+    LoraConfig,
+    LoraGAConfig,
+    get_peft_model,
+    initialize_lora_eva_weights,
+)
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from torch import nn
@@ -201,6 +207,36 @@ def test_astra_is_the_leading_subspace_of_train_outputs() -> None:
     ours = start({"name": "astra"}, weight, train=x)
     expected = leading @ leading.T @ weight.numpy()
     np.testing.assert_allclose((ours.b_OR @ ours.a_RD).numpy(), expected, atol=1e-8)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_lora_ga_takes_the_subspaces_that_peft_takes_and_the_papers_scale(
+    shape: tuple[int, int],
+) -> None:
+    weight, gradient = random(*shape), random(*shape, seed=4)
+    stats = SiteStatistics(gradient_OD=gradient)
+    method = make_method({"name": "lora-ga", "rank": RANK, "gamma": 4})
+    ours = method.init(LayerWeights("l", weight), stats, torch.Generator())
+    model = Layer(weight)
+    model.lin._peft_loraga_grad = gradient.float()
+    config = LoraConfig(
+        r=RANK,
+        lora_alpha=RANK,
+        target_modules=["lin"],
+        init_lora_weights="lora_ga",
+        lora_ga_config=LoraGAConfig(direction="ArB2r"),
+    )
+    layer = get_peft_model(model, config).base_model.model.lin
+    a, b = (getattr(layer, n)["default"].weight.detach().double() for n in ("lora_A", "lora_B"))
+    torch.testing.assert_close(projector(ours.a_RD.T), projector(a.T), rtol=0, atol=1e-4)
+    torch.testing.assert_close(projector(ours.b_OR), projector(b), rtol=0, atol=1e-4)
+    scale = shape[0] ** 0.25 / 2
+    for gram in (ours.a_RD @ ours.a_RD.T, ours.b_OR.T @ ours.b_OR):
+        torch.testing.assert_close(gram, scale**2 * torch.eye(RANK).double())
+    with pytest.raises(MethodError, match="at most 3, half the smaller width of layer m"):
+        make_method({"name": "lora-ga", "rank": 4}).check_layer("m", 7, 9)
+    with pytest.raises(MethodError, match="expected a gradient on train data, got none"):
+        method.init(LayerWeights("l", weight), SiteStatistics(), torch.Generator())
 
 
 def test_the_contrastive_basis_solves_the_generalised_problem() -> None:

@@ -9,16 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from forgetless.adapters.arguments import check_arguments
-from forgetless.adapters.forms import FORMS, adapted_layers
 from forgetless.adapters.in_place import check_startable
 from forgetless.adapters.peft_layers import refuse_unholdable
+from forgetless.adapters.start import LayerStart, first_gradient, start_layers
 from forgetless.adapters.variant import LIVE_BOTH
 from forgetless.calibration.calibrate import calibrate, check_token_count
 from forgetless.calibration.engine import SiteMoments
@@ -26,9 +25,9 @@ from forgetless.data.loading import load_rows
 from forgetless.data.overlap import refuse_overlap
 from forgetless.data.rows import RowSet
 from forgetless.data.spec import DataInput, parse_data
-from forgetless.errors import AdapterError, ForgetlessWarning, MethodError
+from forgetless.errors import ForgetlessWarning, MethodError
 from forgetless.methods import MethodInput, make_method
-from forgetless.methods.base import LayerWeights, Method, Role, SiteStatistics
+from forgetless.methods.base import Method, Role
 from forgetless.models.bitsandbytes_cpu import keep_trainable_layout
 from forgetless.models.targets import (
     Target,
@@ -40,15 +39,6 @@ from forgetless.models.targets import (
 from forgetless.models.untouched import refuse_touched_base
 
 SHOWN_SKIPS = 3  # of each reason
-
-
-@dataclass(frozen=True, slots=True)
-class LayerStart:
-    """What the method found at one layer."""
-
-    site: str
-    rank: int
-    diagnostics: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +120,7 @@ def attach(
         _warn_of_skips(selection)
     given: dict[Role, DataInput | None] = {"train": train_data, "preserve": preserve_data}
     row_sets: dict[Role, list[RowSet]] = {}
-    for role in sorted(made.needs):
+    for role in sorted(made.reads):
         value = given[role]
         if value is None:
             raise MethodError(f"method {made.name} needs {role} data: pass {role}_data")
@@ -158,6 +148,7 @@ def attach_rows(
     method: Method,
     row_sets: Mapping[Role, Sequence[RowSet]],
     collected: Mapping[Role, SiteMoments] | None = None,
+    gradients: Mapping[str, Tensor] | None = None,
     also: frozenset[Role] = frozenset(),
     targets: Sequence[str] | None = None,
     batch_size: int = 8,
@@ -169,7 +160,8 @@ def attach_rows(
 ) -> Attached:
     """`attach` on rows that are loaded already; tells what it found.
 
-    `collected` holds moments of roles that have no row sets, `also` names roles to collect moments
+    `collected` holds moments of roles that have no row sets, `gradients` the first gradient where
+    there are no train row sets to take it on, `also` names roles to collect moments
     of beside those that the method needs. An adapter of the name given that the
     model holds already is started anew in place, where it is an ordinary LoRA without an update.
     `progress` is called with the role, the rows done, and all rows.
@@ -184,7 +176,7 @@ def attach_rows(
         method.check_layer(target.name, target.in_features, target.out_features)
     if not (isinstance(model, PeftModel) and adapter in model.peft_config):
         refuse_unholdable(model, method, selection.targets)
-    refuse_overlap({role: row_sets.get(role, ()) for role in sorted(method.needs | also)})
+    refuse_overlap({role: row_sets.get(role, ()) for role in sorted(method.reads | also)})
     moments = {role: found for role, found in (collected or {}).items() if role in method.needs}
     for role in sorted((method.needs | also) - moments.keys()):
         if not row_sets.get(role):
@@ -199,6 +191,10 @@ def attach_rows(
             cache=cache,
             progress=_for_role(progress, role),
         )
+    if method.rows_for_gradient and gradients is None:
+        gradients = first_gradient(
+            model, tokenizer, method, selection.targets, row_sets.get("train", ()), batch_size
+        )
     for role in sorted(method.needs & (method.bottom_roles | {"preserve"})):
         required = role in method.bottom_roles
         check_token_count(moments[role], role, min_tokens, required=required)
@@ -209,7 +205,9 @@ def attach_rows(
     # A folder saved while training holds deviations that PEFT alone would read as an adapter.
     init = LIVE_BOTH if method.form == "both" else True
     peft_model.peft_config[adapter].init_lora_weights = init
-    starts = _start_layers(peft_model, method, selection.targets, moments, adapter, seed)
+    starts = start_layers(
+        peft_model, method, selection.targets, moments, gradients or {}, adapter, seed
+    )
     origin = _origin(method, row_sets, selection.targets, seed)
     return Attached(peft_model, method, starts, selection.skipped, moments, origin)
 
@@ -221,7 +219,7 @@ def _origin(
     seed: int,
 ) -> str:
     """16 hex digits; not of the solved tensors, whose last bits depend on the number of threads."""
-    roles = sorted(method.needs & row_sets.keys())
+    roles = sorted(method.reads & row_sets.keys())
     data = {role: [rows.fingerprint for rows in row_sets[role]] for role in roles}
     described = [method.name, asdict(method), data, sorted(targets), seed]
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
@@ -276,39 +274,6 @@ def _add_adapter(
         if module not in existing:  # PEFT makes them in training mode, whatever the base is in
             module.training = training
     return peft_model
-
-
-def _start_layers(
-    model: PeftModel,
-    method: Method,
-    targets: Mapping[str, Target],
-    moments: Mapping[Role, SiteMoments],
-    adapter: str,
-    seed: int,
-) -> dict[str, LayerStart]:
-    layers = adapted_layers(model, adapter)
-    if set(layers) != set(targets):
-        odd = sorted(set(layers) ^ set(targets))[0]
-        raise AdapterError(f"adapter: PEFT and the target list disagree about layer {odd}")
-    form = FORMS[method.form]
-    starts = {}
-    for position, (name, target) in enumerate(targets.items()):
-        stats = SiteStatistics(**{role: found.of(name) for role, found in moments.items()})
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + position) % 2**63)
-        weights = _where_it_can_be_solved(name, target)
-        init = method.init(weights, stats, generator)
-        form.start(layers[name], adapter, init)
-        site = next((found.site_of[name] for found in moments.values()), name)
-        starts[name] = LayerStart(site, method.rank, dict(init.diagnostics))
-    return starts
-
-
-def _where_it_can_be_solved(name: str, target: Target) -> LayerWeights:
-    """Weights where the eigensolvers run: torch has none on MPS. Moments follow the weights."""
-    weight_OD, bias_O = target.weight_OD(), target.bias_O()
-    if weight_OD.device.type != "mps":
-        return LayerWeights(name, weight_OD, bias_O)
-    return LayerWeights(name, weight_OD.cpu(), None if bias_O is None else bias_O.cpu())
 
 
 def _for_role(

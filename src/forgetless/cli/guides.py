@@ -127,7 +127,7 @@ def methods(as_json: Json = False) -> None:
         return
     for name, kind in METHODS.items():
         made = kind()
-        needs = ", ".join(sorted(made.needs)) or "no"
+        needs = ", ".join(sorted(made.reads)) or "no"
         print_text(f"{name}\n  {made.title}\n  source   {made.paper}\n  needs    {needs} data")
         print_text(wrapped("promise", made.promise))
         print_text(wrapped("options", _options(kind)))
@@ -150,7 +150,7 @@ def _as_values(kind: type[Method]) -> dict[str, Any]:
         "title": made.title,
         "paper": made.paper,
         "bibtex": list(made.bibtex),
-        "needs": sorted(made.needs),
+        "needs": sorted(made.reads),
         "promise": made.promise,
         "options": {k: v for k, v in method_options(made).items() if k != "name"},
         "learning_rate": made.default_learning_rate,

@@ -12,6 +12,7 @@ from forgetless.methods.contrastive import ContrastiveBasis
 from forgetless.methods.corda import CorDA
 from forgetless.methods.eva import EVA
 from forgetless.methods.lora import LoRA, LoRAWeightDecay
+from forgetless.methods.lora_ga import LoRAGA
 from forgetless.methods.lora_null import LoRANull
 from forgetless.methods.mica import MiCA
 from forgetless.methods.milora import MiLoRA
@@ -34,6 +35,7 @@ METHODS: dict[str, type[Method]] = {
         EVA,
         MiCA,
         Astra,
+        LoRAGA,
         ContrastiveBasis,
     )
 }

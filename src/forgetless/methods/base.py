@@ -41,10 +41,17 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class SiteStatistics:
-    """Second moments of a layer's inputs; None for data that the method did not ask for."""
+    """What data say of a layer; None for what the method did not ask for.
+
+    Attributes:
+        train: Second moment of its inputs on train data.
+        preserve: The same on preserve data.
+        gradient_OD: Gradient of the base's loss on train data with respect to its weight.
+    """
 
     train: SecondMoment | None = None
     preserve: SecondMoment | None = None
+    gradient_OD: Tensor | None = None
 
     def of(self, role: Role, layer: str) -> SecondMoment:
         """The moment of one role.
@@ -56,6 +63,16 @@ class SiteStatistics:
         if moment is None:
             raise MethodError(f"{layer}: expected a second moment of {role} data, got none")
         return moment
+
+    def first_gradient(self, layer: str) -> Tensor:
+        """The gradient (O, D).
+
+        Raises:
+            MethodError: It was not collected.
+        """
+        if self.gradient_OD is None:
+            raise MethodError(f"{layer}: expected a gradient on train data, got none")
+        return self.gradient_OD
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +156,16 @@ class Method(ABC):
     def needs(self) -> frozenset[Role]:
         """Which data must be calibrated on."""
         return self.usual_needs
+
+    @property
+    def rows_for_gradient(self) -> int:
+        """Train rows to take the first gradient on; 0 where the method needs none."""
+        return 0
+
+    @property
+    def reads(self) -> frozenset[Role]:
+        """Whose rows it reads, for moments or for the gradient."""
+        return self.needs | ({"train"} if self.rows_for_gradient else frozenset())
 
     @property
     def bottom_roles(self) -> frozenset[Role]:

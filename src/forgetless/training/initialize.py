@@ -7,10 +7,11 @@ a trainer without an adapter gets one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer
 
 from forgetless.adapters.arguments import check_arguments
@@ -19,11 +20,12 @@ from forgetless.adapters.forms import adapted_layers, align_adapter_dtype
 from forgetless.adapters.in_place import check_startable
 from forgetless.adapters.peft_layers import refuse_unholdable
 from forgetless.calibration.engine import SiteMoments, collect_moments
+from forgetless.calibration.gradients import collect_gradients
 from forgetless.data.loading import load_rows
 from forgetless.data.overlap import refuse_overlap
 from forgetless.data.rows import Row, RowSet
 from forgetless.data.spec import DataInput, DataSpec, Tokens, parse_data
-from forgetless.data.tokens import pad_token_id
+from forgetless.data.tokens import Batch, pad_token_id
 from forgetless.errors import AdapterError, MethodError, TrainingError
 from forgetless.methods import MethodInput, make_method
 from forgetless.methods.base import Method, Role
@@ -102,7 +104,7 @@ def initialize(
     else:
         refuse_unholdable(trainer.model, made, find_targets(trainer.model, targets).targets)
     with random_state_kept():
-        row_sets, collected = _load(
+        row_sets, collected, gradients = _load(
             trainer,
             tokenizer,
             made,
@@ -120,6 +122,7 @@ def initialize(
             method=made,
             row_sets=row_sets,
             collected=collected,
+            gradients=gradients,
             targets=targets,
             batch_size=batch_size,
             min_tokens=min_tokens,
@@ -208,10 +211,11 @@ def _load(
     batch_size: int,
     cache: Path | None,
     seed: int,
-) -> tuple[dict[Role, list[RowSet]], dict[Role, SiteMoments]]:
-    """Preserve rows, and moments of the trainer's own data, as far as the method needs them."""
+) -> tuple[dict[Role, list[RowSet]], dict[Role, SiteMoments], dict[str, Tensor]]:
+    """Preserve rows, and what the method needs of the trainer's own: moments, the gradient."""
     row_sets: dict[Role, list[RowSet]] = {}
     collected: dict[Role, SiteMoments] = {}
+    gradients: dict[str, Tensor] = {}
     if "preserve" in method.needs:
         if preserve_data is None:
             raise MethodError(f"method {method.name} needs preserve data: pass preserve_data")
@@ -219,21 +223,27 @@ def _load(
             load_rows(spec, tokenizer, model=trainer.model, cache=cache)
             for spec in parse_data(preserve_data)
         ]
-    if "train" in method.needs:
+    if "train" in method.reads:
         if train_rows < 1:
             raise TrainingError(f"train_rows: expected 1 or more, got {train_rows}")
         rows = trained_rows(trainer, limit=train_rows, batch_size=batch_size, seed=seed)
         refuse_overlap(
             {"preserve": row_sets.get("preserve", []), "train": [_as_text(rows, tokenizer)]}
         )
-        collected["train"] = collect_moments(
-            trainer.model,
-            find_targets(trainer.model, targets).targets,
-            calibration_batches(
-                rows, batch_size=batch_size, pad_token_id=pad_token_id(tokenizer), tokens=tokens
-            ),
-        )
-    return row_sets, collected
+        chosen = find_targets(trainer.model, targets).targets
+        padding = pad_token_id(tokenizer)
+
+        def batches(taken: Sequence[TrainedRow], which: Tokens) -> Iterator[Batch]:
+            return calibration_batches(
+                taken, batch_size=batch_size, pad_token_id=padding, tokens=which
+            )
+
+        if "train" in method.needs:
+            collected["train"] = collect_moments(trainer.model, chosen, batches(rows, tokens))
+        if method.rows_for_gradient:
+            first = rows[: method.rows_for_gradient]
+            gradients = collect_gradients(trainer.model, chosen, batches(first, "completion"))
+    return row_sets, collected, gradients
 
 
 def _as_text(rows: Sequence[TrainedRow], tokenizer: PreTrainedTokenizerBase) -> RowSet:

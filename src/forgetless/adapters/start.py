@@ -1,0 +1,93 @@
+"""The start of every layer of a new adapter: the method's solve, in the form that holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from forgetless.adapters.forms import FORMS, adapted_layers
+from forgetless.calibration.engine import SiteMoments
+from forgetless.calibration.gradients import collect_gradients
+from forgetless.data.rows import RowSet
+from forgetless.data.tokens import make_batches, pad_token_id, tokenize
+from forgetless.errors import AdapterError, MethodError
+from forgetless.methods.base import LayerWeights, Method, Role, SiteStatistics
+from forgetless.models.targets import Target
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStart:
+    """What the method found at one layer."""
+
+    site: str
+    rank: int
+    diagnostics: dict[str, float]
+
+
+def start_layers(
+    model: PeftModel,
+    method: Method,
+    targets: Mapping[str, Target],
+    moments: Mapping[Role, SiteMoments],
+    gradients: Mapping[str, Tensor],
+    adapter: str,
+    seed: int,
+) -> dict[str, LayerStart]:
+    """Solve layer by layer and fill the adapter's tensors, each layer with a seed of its own.
+
+    Raises:
+        AdapterError: PEFT has adapted other layers than the targets.
+        MethodError: Data that the method needs are missing.
+    """
+    layers = adapted_layers(model, adapter)
+    if set(layers) != set(targets):
+        odd = sorted(set(layers) ^ set(targets))[0]
+        raise AdapterError(f"adapter: PEFT and the target list disagree about layer {odd}")
+    form = FORMS[method.form]
+    starts = {}
+    for position, (name, target) in enumerate(targets.items()):
+        stats = SiteStatistics(
+            **{role: found.of(name) for role, found in moments.items()},
+            gradient_OD=gradients.get(name),
+        )
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + position) % 2**63)
+        weights = _where_it_can_be_solved(name, target)
+        init = method.init(weights, stats, generator)
+        form.start(layers[name], adapter, init)
+        site = next((found.site_of[name] for found in moments.values()), name)
+        starts[name] = LayerStart(site, method.rank, dict(init.diagnostics))
+    return starts
+
+
+def _where_it_can_be_solved(name: str, target: Target) -> LayerWeights:
+    """Weights where the eigensolvers run: torch has none on MPS. Moments follow the weights."""
+    weight_OD, bias_O = target.weight_OD(), target.bias_O()
+    if weight_OD.device.type != "mps":
+        return LayerWeights(name, weight_OD, bias_O)
+    return LayerWeights(name, weight_OD.cpu(), None if bias_O is None else bias_O.cpu())
+
+
+def first_gradient(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    method: Method,
+    targets: Mapping[str, Target],
+    row_sets: Sequence[RowSet],
+    batch_size: int,
+) -> dict[str, Tensor]:
+    """On the first train rows, ended as they are trained."""
+    rows = [row for rows in row_sets for row in tokenize(rows, tokenizer, append_eos=True)]
+    if not rows:
+        raise MethodError(f"method {method.name} needs train data, got none: give train_data")
+    batches = make_batches(
+        rows[: method.rows_for_gradient],
+        batch_size=batch_size,
+        pad_token_id=pad_token_id(tokenizer),
+        tokens="completion",
+    )
+    return collect_gradients(model, targets, batches)
