@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import fields
 from types import UnionType
@@ -75,6 +76,8 @@ def _wrong_type(value: object, declared: Any) -> str:
         return f"expected {expected}, got {value!r}"
     if isinstance(value, float) and not math.isfinite(value):
         return f"expected a finite number, got {value}"
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        return f"expected a number of at most {sys.float_info.max:g}, got a larger one"
     return ""
 
 

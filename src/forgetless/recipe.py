@@ -56,6 +56,25 @@ class CalibrationRecipe(_Part):
     cache: bool = True
 
 
+def _known_regularisers(given: object) -> object:
+    """Mappings of a name and options, from names or mappings, one or several."""
+    listed = [given] if isinstance(given, str | dict) else given
+    if not isinstance(listed, list | tuple):
+        return given
+    named = [{"name": one} if isinstance(one, str) else one for one in listed]
+    make_regularisers([one for one in named if isinstance(one, dict)])
+    return named
+
+
+_Options = dict[str, Any]
+_Regularisers = Annotated[
+    list[_Options],
+    BeforeValidator(
+        _known_regularisers, json_schema_input_type=str | _Options | list[str | _Options]
+    ),
+]
+
+
 class TrainingRecipe(_Part):
     """How the adapter is trained.
 
@@ -97,22 +116,12 @@ class TrainingRecipe(_Part):
     validation_rows: int = Field(default=0, ge=0)
     bf16: bool | None = None
     lora_plus_ratio: float | None = Field(default=None, gt=0)
-    regularisers: list[dict[str, Any]] = []
+    regularisers: _Regularisers = []
 
     @field_validator("report_to", mode="before")
     @classmethod
     def _one_or_several(cls, report_to: object) -> object:
         return (report_to,) if isinstance(report_to, str) else report_to
-
-    @field_validator("regularisers", mode="before")
-    @classmethod
-    def _known_regularisers(cls, given: object) -> object:
-        listed = [given] if isinstance(given, str | dict) else given
-        if not isinstance(listed, list):
-            return given
-        named = [{"name": one} if isinstance(one, str) else one for one in listed]
-        make_regularisers([one for one in named if isinstance(one, dict)])
-        return named
 
 
 # What a list of items may hold in YAML; the model validator below makes items of all of it.
@@ -180,6 +189,14 @@ def _parse_named(where: str) -> BeforeValidator:
     )
 
 
+def _known_method(method: object) -> object:
+    """A mapping of a name and options, from either."""
+    options = {"name": method} if isinstance(method, str) else method
+    if isinstance(options, dict):
+        make_method(options)
+    return options
+
+
 class Recipe(_Part):
     """One run.
 
@@ -210,7 +227,9 @@ class Recipe(_Part):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Literal["none", "nf4", "int8", "torchao-int8"] = "none"
     device: str = "auto"
-    method: dict[str, Any]
+    method: Annotated[
+        _Options, BeforeValidator(_known_method, json_schema_input_type=str | _Options)
+    ]
     train_data: Annotated[list[DataSpec], _parse_named("train_data")] = Field(min_length=1)
     preserve_data: Annotated[list[DataSpec], _parse_named("preserve_data")] = []
     targets: list[str] | None = None
@@ -221,14 +240,6 @@ class Recipe(_Part):
     output: Path
     label: str | None = None
     claims: bool = True
-
-    @field_validator("method", mode="before")
-    @classmethod
-    def _known_method(cls, method: object) -> object:
-        options = {"name": method} if isinstance(method, str) else method
-        if isinstance(options, dict):
-            make_method(options)
-        return options
 
     @field_validator("targets", mode="before")
     @classmethod
@@ -276,6 +287,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             apply_override(tree, override)
         if isinstance(tree.get("method"), str):  # so that `method.rank=16` has a place
             tree["method"] = {"name": tree["method"]}
+        training = tree.get("training")
+        if isinstance(training, dict) and isinstance(training.get("regularisers"), list):
+            training["regularisers"] = [
+                {"name": one} if isinstance(one, str) else one for one in training["regularisers"]
+            ]
     try:
         return validated(Recipe, tree)
     except ForgetlessError as failure:

@@ -29,7 +29,7 @@ from forgetless.experiments.output import Clock
 from forgetless.experiments.prepare import hold_out
 from forgetless.experiments.progress import Progress
 from forgetless.experiments.record import load_record, save_record
-from forgetless.experiments.run import run
+from forgetless.experiments.run import calibrate_only, run
 from forgetless.recipe import Recipe
 
 PHASES = ["load", "data", "calibrate", "train", "evaluate", "export", "report"]
@@ -470,7 +470,7 @@ def test_a_run_with_regularisers_calibrates_for_them_and_records_their_terms(
     record = load_record(run(recipe))
     names = [one["name"] for one in recipe.training.regularisers]
     assert record.label == " + ".join([method, *names])
-    assert set(record.training.curve[-1].terms) == set(names)
+    assert set(record.training.curve[-1].terms) == set(names) & {"drift", "kl"}
     calibrated = record.evaluation.movement.drift_calibration is not None
     assert calibrated == ("replay" not in names)
 
@@ -484,18 +484,47 @@ def test_a_recipe_whose_regulariser_lacks_data_or_a_form_is_refused(make_recipe)
         make_recipe(training={"regularisers": ["drfit"]})
 
 
-def test_a_folder_of_an_earlier_version_lacks_the_newer_keys_and_is_taken_up(make_recipe):
-    recipe = make_recipe()
-    run(recipe)
-    written = recipe.output / "recipe.yaml"
-    tree = yaml.safe_load(written.read_text())
+def _as_an_earlier_version_wrote(tree: dict) -> dict:
+    """A recipe without the keys that came later."""
     assert tree.pop("quantization") == "none"
     assert tree["training"].pop("regularisers") == []
     assert tree["training"].pop("lora_plus_ratio") is None
     assert tree["evaluation"].pop("lm_eval") is None
-    written.write_text(yaml.safe_dump(tree))
-    before = (recipe.output / "record.json").stat().st_mtime_ns
+    for side in ("gain", "retention"):
+        for item in tree["evaluation"][side]:
+            assert item.pop("redistributable") is True
+    return tree
+
+
+def test_a_folder_of_an_earlier_version_lacks_the_newer_keys_and_is_taken_up(make_recipe):
+    recipe = make_recipe()
     run(recipe)
-    assert (recipe.output / "record.json").stat().st_mtime_ns == before
+    written, kept = recipe.output / "recipe.yaml", recipe.output / "record.json"
+    tree = _as_an_earlier_version_wrote(yaml.safe_load(written.read_text()))
+    written.write_text(yaml.safe_dump(tree))
+    record = json.loads(kept.read_text())
+    record["recipe"] = tree
+    kept.write_text(json.dumps(record))
+    before = kept.stat().st_mtime_ns
+    run(recipe)
+    assert kept.stat().st_mtime_ns == before
     with pytest.raises(RecipeError, match=r"differs in training\.regularisers"):
         run(make_recipe(training={"regularisers": ["kl"]} | tree["training"]))
+
+
+def test_checkpoints_do_not_name_options_that_are_not_set(make_recipe):
+    """What a checkpoint of before these options says of its run: it must go on."""
+    recipe = make_recipe()
+    run(recipe)
+    marker = next(recipe.output.glob("checkpoints/*/forgetless.json"))
+    options = json.loads(marker.read_text())["identity"]["options"]
+    assert not {"regularisers", "lora_plus_ratio"} & set(options)
+
+
+@pytest.mark.parametrize(
+    ("method", "origin"), [("lora-null", "35e30a95aec58e3d"), ("sc-lora", "1bf910e1888d8ad0")]
+)
+def test_a_start_is_named_as_by_the_first_version(make_recipe, method, origin):
+    """Hashes that the first version gave these starts, so that its checkpoints are known again."""
+    attached = calibrate_only(make_recipe(method={"name": method, "rank": 4}))
+    assert attached.origin == origin

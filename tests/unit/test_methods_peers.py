@@ -299,6 +299,19 @@ def test_beta_auto_without_any_train_energy_is_zero() -> None:
     assert largest_beta(random(9, 7), nothing, nothing, 2) == 0
 
 
+def test_moments_that_rounding_has_made_indefinite_are_solved() -> None:
+    """A least eigenvalue below minus the ridge, as float32 sums of many batches can have it."""
+    minus = torch.diag(torch.tensor([1.0, 0.5, -1e-5])).double()
+    basis, gamma = generalised_basis(torch.eye(3).double(), minus, 2, ridge=1e-6)
+    assert gamma.isfinite().all()
+    torch.testing.assert_close(basis[:, 0].abs(), torch.tensor([0.0, 0.0, 1.0]).double())
+
+
+def test_a_contrast_with_preserve_inputs_of_zeros_names_the_layer() -> None:
+    with pytest.raises(MethodError, match="layer l: expected preserve inputs that are not all 0"):
+        start({"name": "contrastive"}, random(9, 7), random(20, 7), torch.zeros(20, 7).double())
+
+
 def test_a_generalised_problem_without_a_ridge_is_refused() -> None:
     with pytest.raises(ValueError, match="a ridge above 0, got 0"):
         generalised_basis(torch.eye(3), torch.eye(3), 2, ridge=0)

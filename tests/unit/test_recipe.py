@@ -248,3 +248,11 @@ def test_the_schema_lists_every_key_as_yaml_writes_it() -> None:
     kinds = [kind.get("type", "object") for kind in schema["properties"]["train_data"]["anyOf"]]
     assert kinds == ["string", "object", "array"]
     assert json.dumps(schema)
+
+
+def test_the_schema_takes_what_the_recipe_takes_of_methods_and_regularisers():
+    schema = json_schema()
+    kinds = schema["$defs"]["TrainingRecipe"]["properties"]["regularisers"]["anyOf"]
+    assert {kind.get("type") for kind in kinds} == {"string", "object", "array"}
+    method = schema["properties"]["method"]["anyOf"]
+    assert {kind.get("type") for kind in method} == {"string", "object"}

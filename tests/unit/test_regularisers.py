@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from torch.nn.functional import linear
+from transformers import LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from forgetless.adapters.forms import adapted_layers, factors
 from forgetless.calibration.engine import SiteMoments, collect_moments
@@ -23,7 +26,7 @@ from forgetless.training.sft import train
 from training_setup import ALL_FORMS, adapted, adapter_state, options, token_rows
 
 ROWS, KEPT = token_rows(16), token_rows(24, seed=9)
-FIRST = MicroBatch(step=0, index=0, count=1)
+FIRST = MicroBatch(step=0, index=0, count=1, stride=1)
 
 
 def moments_of(model: PeftModel) -> SiteMoments:
@@ -88,20 +91,28 @@ def test_drift_is_the_sum_of_relative_energies_and_so_is_its_gradient(
 
 
 @pytest.mark.parametrize("form", ALL_FORMS)
-def test_the_penalty_is_the_energy_of_the_factors_in_two_subspaces(
+def test_the_penalty_is_the_energy_of_what_trains_in_two_subspaces(
     make_tiny_model, tiny_tokenizer, form
 ):
-    model = moved(adapted(make_tiny_model(), form))
+    model = adapted(make_tiny_model(), form)
     options = {"name": "penalty", "weight": 3.0, "share": 0.25}
+    at_the_base = bound(model, tiny_tokenizer, options).loss(model, FIRST)
+    if form != "plain":  # nothing of A0 and B0: it never pulls away from the base
+        assert float(at_the_base.detach()) == 0.0
+        assert not any(g.any() for g in gradients(model, at_the_base).values())
+    moved(model)
     value = bound(model, tiny_tokenizer, options).loss(model, FIRST)
     (made,) = make_regularisers([options])
     expected = 0.0
     for layer in adapted_layers(model).values():
-        a, b = factors(layer)
         p, q = (made.basis(w, 5) for w in (layer.in_features, layer.out_features))
         assert p.shape[1] == layer.in_features // 4
         torch.testing.assert_close(p.T @ p, torch.eye(p.shape[1]), rtol=0, atol=1e-5)
-        expected += 3 * float((a @ p).square().sum() + (b.T @ q).square().sum()) / len(a)
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        if form != "b":
+            expected += 3 * float((a @ p).detach().square().sum()) / len(a)
+        if form != "a":
+            expected += 3 * float((b.T @ q).detach().square().sum()) / len(a)
     assert float(value.detach()) == pytest.approx(expected, rel=1e-4)
     assert gradients(model, value)
 
@@ -122,22 +133,60 @@ def test_kl_is_what_evaluation_measures(make_tiny_model, tiny_tokenizer, form):
     assert {name for name, p in model.named_parameters() if not p.requires_grad} == frozen
     found = gradients(model, value)
     assert len(found) == sum(p.requires_grad for p in model.parameters())
-    half = term.loss(model, MicroBatch(step=0, index=0, count=2))
+    half = term.loss(model, MicroBatch(step=0, index=0, count=2, stride=2))
     assert float(half) == pytest.approx(float(value) / 2, rel=1e-5)
 
 
-def test_kl_goes_through_all_rows_before_any_comes_again(make_tiny_model, tiny_tokenizer):
+@pytest.mark.parametrize("counts", [[2, 2, 2, 2], [2, 2, 2, 1]], ids=["whole", "partial last"])
+def test_kl_goes_through_all_rows_before_any_comes_again(make_tiny_model, tiny_tokenizer, counts):
     model = adapted(make_tiny_model())
     term: Any = bound(model, tiny_tokenizer, {"name": "kl", "batch_size": 3})
     drawn = [
         row
-        for step in range(4)
-        for index in range(2)
-        for row in term._drawn(MicroBatch(step=step, index=index, count=2))
+        for step, count in enumerate(counts)
+        for index in range(count)
+        for row in term._drawn(MicroBatch(step, index, count, stride=2))
     ]
-    assert Counter(drawn) == Counter(KEPT)
-    again = [row for index in range(2) for row in term._drawn(MicroBatch(4, index, 2))]
+    assert len(drawn) == len(set(drawn)) == 3 * sum(counts)
+    assert set(drawn) <= set(KEPT)
+    again = [row for index in range(2) for row in term._drawn(MicroBatch(4, index, 2, stride=2))]
     assert again != drawn[:6]
+
+
+def test_kl_of_the_base_to_itself_is_zero_under_autocast_too(
+    make_tiny_model, tiny_tokenizer, tmp_path
+):
+    model = adapted(make_tiny_model())
+    facts = run(model, tiny_tokenizer, tmp_path / "run", ["kl"], max_steps=1, bf16=True)
+    assert facts.curve[0].terms["kl"] == 0.0
+
+
+class BareHead(LlamaForCausalLM):
+    """Multiplies with the head's weight, and never calls the head."""
+
+    def forward(self, input_ids=None, attention_mask=None, **_: Any) -> CausalLMOutputWithPast:
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return CausalLMOutputWithPast(logits=linear(hidden, self.lm_head.weight))
+
+
+def test_a_model_that_does_not_call_its_head_is_refused(make_tiny_model, tiny_tokenizer):
+    model = adapted(BareHead(make_tiny_model().config))
+    term = bound(model, tiny_tokenizer, {"name": "kl", "batch_size": 4})
+    with pytest.raises(TrainingError, match="to call its output embedding"):
+        term.loss(model, FIRST)
+
+
+def test_drift_keeps_no_moment_where_a_is_frozen(make_tiny_model, tiny_tokenizer):
+    model = adapted(make_tiny_model(), "b")
+    term: Any = bound(model, tiny_tokenizer, {"name": "drift"})
+    kept = [
+        cell.cell_contents
+        for energy in term._energies
+        for cell in energy.__closure__
+        if isinstance(cell.cell_contents, torch.Tensor)
+    ]
+    assert kept
+    assert {tuple(tensor.shape) for tensor in kept} == {(4, 4)}
 
 
 @pytest.mark.parametrize(("ratio", "count"), [(0.2, 4), (0.5, 16), (0.75, 48)])
@@ -151,6 +200,15 @@ def test_replay_adds_its_share_of_rows_and_repeats_none_before_all_were_there(ra
     assert set(counts) <= set(KEPT)
     assert max(counts.values()) - min(counts.values() if count >= len(KEPT) else [1]) <= 1
     assert rows == replay.train_rows(ROWS, PreserveData(rows_to_train_on=KEPT), 7)
+
+
+def test_rows_with_nothing_to_learn_are_not_replayed():
+    (replay,) = make_regularisers([{"name": "replay", "ratio": 0.5}])
+    cut = TokenRow((4, 5, 6), 3, truncated=True)
+    rows = replay.train_rows(ROWS, PreserveData(rows_to_train_on=[cut, *KEPT[:2]]), 7)
+    assert set(rows[len(ROWS) :]) == set(KEPT[:2])
+    with pytest.raises(TrainingError, match="with a token to learn, got none in 1"):
+        replay.train_rows(ROWS, PreserveData(rows_to_train_on=[cut]), 7)
 
 
 def test_a_projected_a_never_moves_inside_the_preserve_subspace(
@@ -259,7 +317,7 @@ def test_all_regularisers_together_train_every_form(
 ):
     model = adapted(make_tiny_model(), form)
     facts = run(model, tiny_tokenizer, tmp_path / "run", list(REGULARISERS), moments_of(model))
-    assert set(facts.curve[-1].terms) == set(REGULARISERS)
+    assert set(facts.curve[-1].terms) == {"kl", "drift", "penalty"}  # the others add nothing
     assert all(torch.isfinite(t).all() for t in adapter_state(model).values())
 
 
@@ -274,6 +332,7 @@ def test_all_regularisers_together_train_every_form(
         ([{"name": "penalty", "share": 1.5}], "share: expected a number between 0 and 1"),
         ([{"name": "project", "energy": 0}], "energy: expected a number between 0 and 1"),
         (["drift", {"name": "drift", "weight": 1}], "expected it once, got it twice"),
+        ([{"name": "drift", "weight": 10**400}], "expected a number of at most 1.79769e"),
     ],
 )
 def test_a_wrong_regulariser_is_one_clear_line(given, message):

@@ -145,3 +145,21 @@ def test_a_method_is_held_against_the_best_plain_lora_of_its_seed():
     said = headline(name_runs(records))
     assert "plain LoRA (LoRA best)" in said.title
     assert any("validation NLL" in note for note in said.notes)
+
+
+def test_lora_with_a_regulariser_is_a_method_of_its_own_not_the_baseline():
+    """Also where it has another seed: two runs of one seed each are not two seeds of one method."""
+    lora = record("lora", "lora", figures(0.3, 0.5))
+    held = record("lora + kl", "lora", figures(0.3, 0.01))
+    training = {**held.recipe.get("training", {}), "regularisers": [{"name": "kl", "weight": 1.0}]}
+    held = held.model_copy(update={"recipe": {**held.recipe, "training": training}})
+    runs = name_runs([lora, held])
+    assert [run.is_lora for run in runs] == [True, False]
+    said = headline(runs)
+    assert "no method to hold against them" not in said.title
+    assert "lora + kl" in said.title
+    other_seed = held.model_copy(update={"seed": lora.seed + 1})
+    assert any("One seed" in note for note in headline(name_runs([lora, other_seed])).notes)
+    plus = {**lora.recipe.get("training", {}), "lora_plus_ratio": 16.0}
+    faster = lora.model_copy(update={"recipe": {**lora.recipe, "training": plus}})
+    assert not name_runs([faster])[0].is_lora

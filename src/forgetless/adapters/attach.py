@@ -38,6 +38,7 @@ from forgetless.models.targets import (
 )
 from forgetless.models.untouched import refuse_touched_base
 
+_LATER_OPTIONS = (("rslora", False),)
 SHOWN_SKIPS = 3  # of each reason
 
 
@@ -218,10 +219,14 @@ def _origin(
     targets: Mapping[str, Target],
     seed: int,
 ) -> str:
-    """16 hex digits; not of the solved tensors, whose last bits depend on the number of threads."""
+    """16 hex digits; not of the solved tensors, whose last bits depend on the number of threads.
+
+    Options that came later count only where they are set, so that checkpoints of before go on.
+    """
     roles = sorted(method.reads & row_sets.keys())
     data = {role: [rows.fingerprint for rows in row_sets[role]] for role in roles}
-    described = [method.name, asdict(method), data, sorted(targets), seed]
+    options = {k: v for k, v in asdict(method).items() if (k, v) not in _LATER_OPTIONS}
+    described = [method.name, options, data, sorted(targets), seed]
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
 
 

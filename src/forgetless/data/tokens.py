@@ -200,6 +200,11 @@ def fingerprint_token_rows(rows: Iterable[TokenRow]) -> str:
     return state.hexdigest()[:32]
 
 
+def has_target(row: TokenRow) -> bool:
+    """Whether a row has a completion token with a token before it."""
+    return len(row.input_ids) > max(row.prompt_length, 1)
+
+
 def count_truncated(rows: Sequence[TokenRow]) -> int:
     """Rows that were cut at `max_length`."""
     return sum(row.truncated for row in rows)

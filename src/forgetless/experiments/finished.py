@@ -11,7 +11,7 @@ from forgetless.experiments.mending import mend
 from forgetless.experiments.model_card import card_facts
 from forgetless.experiments.model_files import changed_model_files
 from forgetless.experiments.numbers import join_words
-from forgetless.experiments.output import SHOWING, RunFolder, differing, plain_recipe
+from forgetless.experiments.output import SHOWING, RunFolder, completed, differing, plain_recipe
 from forgetless.experiments.progress import Progress
 from forgetless.experiments.record import Record, load_record, save_record
 from forgetless.experiments.report import write_report
@@ -42,7 +42,7 @@ def settle(recipe: Recipe, folder: RunFolder, heard: Progress) -> bool:
             f"of which {', '.join(edited)} changed since; set output= to another folder to train "
             "on the new one, or put the old one back"
         )
-    keys = list(differing(record.recipe, plain_recipe(recipe)))
+    keys = list(differing(completed(record.recipe), plain_recipe(recipe)))
     files = changed_files(measured_files(recipe), record.files)
     if not keys and not files:
         mend(recipe, folder, record, heard)

@@ -26,6 +26,7 @@ from forgetless.experiments.numbers import (
 from forgetless.experiments.record import Record
 from forgetless.experiments.runs import (
     Run,
+    beyond_the_loss,
     gains_of,
     has_gained,
     has_improved,
@@ -120,7 +121,8 @@ def headline(runs: Sequence[Run]) -> Headline:
         notes.append(BASELINE.format(by="validation NLL" if by_validation else "gain"))
     seeds: dict[tuple[str, float], set[int]] = {}
     for run in runs:
-        kind = (str(run.record.method), run.record.training.learning_rate)
+        recipe = f"{run.record.method} {beyond_the_loss(run.record)}"
+        kind = (recipe, run.record.training.learning_rate)
         seeds.setdefault(kind, set()).add(run.record.seed)
     if any(len(found) == 1 for found in seeds.values()):
         notes.append(ONE_SEED if all(len(s) == 1 for s in seeds.values()) else SOME_ONE_SEED)

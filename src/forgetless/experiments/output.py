@@ -99,7 +99,7 @@ class RunFolder:
             found = yaml.safe_load(self.recipe.read_text(encoding="utf-8"))
         except (FileNotFoundError, yaml.YAMLError, UnicodeDecodeError):
             return {}
-        return _completed(found) if isinstance(found, dict) else {}
+        return completed(found) if isinstance(found, dict) else {}
 
     def _given_up(self, found: Mapping[str, Any], mine: Mapping[str, Any]) -> bool:
         """Whether the folder holds a run's recipe and nothing that took time to make.
@@ -113,13 +113,18 @@ class RunFolder:
         )
 
 
-def _completed(found: dict[str, Any]) -> dict[str, Any]:
-    """The recipe of a run of an earlier version, with the keys that came later."""
+def completed(found: dict[str, Any]) -> dict[str, Any]:
+    """The recipe of a run of an earlier version, with the keys that came later, in place."""
     for part, added in _ADDED.items():
         place = found if part is None else found.get(part)
         if isinstance(place, dict):
             for key, value in added.items():
                 place.setdefault(key, value)
+    evaluation = found.get("evaluation")
+    for side in ("gain", "retention"):
+        for item in evaluation.get(side, ()) if isinstance(evaluation, dict) else ():
+            if isinstance(item, dict):
+                item.setdefault("redistributable", True)
     return found
 
 

@@ -12,7 +12,7 @@ from forgetless.data.loading import load_rows
 from forgetless.data.overlap import refuse_overlap
 from forgetless.data.rows import RowSet
 from forgetless.data.spec import DataSpec
-from forgetless.data.tokens import TokenRow, count_truncated, tokenize
+from forgetless.data.tokens import TokenRow, count_truncated, has_target, tokenize
 from forgetless.errors import DataError
 from forgetless.evaluation.items import EvaluationItem
 from forgetless.evaluation.loaded import LoadedItem, check_item
@@ -22,7 +22,7 @@ from forgetless.models.load import LoadedModel
 from forgetless.recipe import Recipe
 from forgetless.training.options import TrainingOptions
 from forgetless.training.regularisers import make_regularisers
-from forgetless.training.sft import has_target, learnable
+from forgetless.training.sft import learnable
 
 _Role = Literal["train", "preserve", "gain", "retention"]
 

@@ -31,7 +31,20 @@ class Run:
     @property
     def is_lora(self) -> bool:
         """Whether this is plain LoRA, the baseline of every claim."""
-        return self.record.method.get("name") == "lora"
+        return is_plain_lora(self.record)
+
+
+def is_plain_lora(record: Record) -> bool:
+    """LoRA as everybody trains it: no regulariser, one rate for A and B."""
+    return record.method.get("name") == "lora" and not beyond_the_loss(record)
+
+
+def beyond_the_loss(record: Record) -> list[object]:
+    """What a recipe adds to plain training: regularisers, LoRA+; nothing in older records."""
+    training = record.recipe.get("training", {})
+    found: list[object] = list(training.get("regularisers") or ())
+    ratio = training.get("lora_plus_ratio")
+    return found if ratio is None else [*found, {"lora_plus_ratio": ratio}]
 
 
 def name_runs(records: Sequence[Record]) -> list[Run]:
@@ -42,7 +55,7 @@ def name_runs(records: Sequence[Record]) -> list[Run]:
     for index, (label, record) in enumerate(zip(labels, records, strict=True)):
         seen[label] += 1
         name = f"{label} ({seen[label]})" if total[label] > 1 else label
-        lora = record.method.get("name") == "lora"
+        lora = is_plain_lora(record)
         colour = "m-lora" if lora else f"m{sum(not run.is_lora for run in runs) % 8}"
         runs.append(Run(record, name, index, colour))
     return runs

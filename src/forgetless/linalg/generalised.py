@@ -16,7 +16,8 @@ def generalised_basis(
 ) -> tuple[Tensor, Tensor]:
     """Orthonormal basis of the R leading generalised eigenvectors of C₊ v = γ (C₋ + ridge I) v.
 
-    Solved through a Cholesky factor, in float64 where `solving_dtype` says so.
+    Solved through the spectrum of C₋, whose negative eigenvalues are rounding and count as 0, in
+    float64 where `solving_dtype` says so.
 
     Args:
         plus_DD: C₊, symmetric, positive semidefinite, activation².
@@ -81,9 +82,8 @@ def _congruent(core_KD: Tensor, moment_DD: Tensor) -> Tensor:
 
 def _solve(plus: Tensor, minus: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     """All γ, descending, and their eigenvectors."""
-    lower = torch.linalg.cholesky(minus + ridge * torch.eye(len(minus)).to(minus))
-    half = torch.linalg.solve_triangular(lower, plus, upper=False)
-    whitened = torch.linalg.solve_triangular(lower, half.T, upper=False)
+    values, axes = torch.linalg.eigh((minus + minus.T) / 2)
+    whitener = axes / (values.clamp_min(0) + ridge).sqrt()
+    whitened = whitener.T @ plus @ whitener
     gamma, vectors = torch.linalg.eigh((whitened + whitened.T) / 2)
-    found = torch.linalg.solve_triangular(lower.T, vectors.flip(1), upper=True)
-    return gamma.flip(0), found
+    return gamma.flip(0), whitener @ vectors.flip(1)

@@ -110,7 +110,8 @@ def moment_drift(core_RD: Tensor, weight_OD: Tensor, moment_DD: Tensor) -> float
     """
     moment_DD = moment_DD.to(core_RD)
     kept = float(output_energy(weight_OD.to(core_RD), moment_DD))
-    return float(output_energy(core_RD, moment_DD)) / kept if kept else 0.0
+    # Where ΔW reads almost nothing of M, rounding may leave less than nothing.
+    return max(float(output_energy(core_RD, moment_DD)), 0.0) / kept if kept else 0.0
 
 
 def drift_bound(core_RD: Tensor, weight_OD: Tensor, moment_DD: Tensor, basis_DP: Tensor) -> float:

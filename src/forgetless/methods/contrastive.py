@@ -76,6 +76,9 @@ class ContrastiveBasis(Method):
         plus_DD = stats.of("train", layer.name).mean_DD().to(layer.weight_OD)
         minus_DD = stats.of("preserve", layer.name).mean_DD().to(layer.weight_OD)
         ridge = self.epsilon * float(minus_DD.diagonal().mean())
+        self._require(
+            ridge > 0, f"layer {layer.name}: expected preserve inputs that are not all 0, got zeros"
+        )
         basis_DR, gamma_R = generalised_basis(plus_DD, minus_DD, self.rank, ridge=ridge)
         return AdapterInit(
             basis_DR.T.contiguous(),

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from forgetless.errors import TrainingError
+
 IGNORED = -100
 
 
@@ -44,14 +46,31 @@ def completion_loss(
     counts_BT[:, 1:] = labels_BT[:, 1:] != IGNORED
     predicts_BT = counts_BT.roll(-1, dims=1)
     arguments = {name: value for name, value in inputs.items() if name != "labels"}
-    with head_sees(head, predicts_BT):
-        logits_NV = model(**{**arguments, "use_cache": False}).logits[0]
+    logits_NV = chosen_logits(model, head, {**arguments, "use_cache": False}, predicts_BT)
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     return cross_entropy(logits_NV, labels_BT[counts_BT], reduction="sum") / num_tokens
 
 
+def chosen_logits(
+    model: nn.Module, head: nn.Module, inputs: Mapping[str, Any], chosen_BT: Tensor
+) -> Tensor:
+    """Logits (N, V) at chosen positions, row by row, the head run on those alone.
+
+    Raises:
+        TrainingError: The model does not call its head as a module.
+    """
+    with _head_sees(head, chosen_BT):
+        logits = model(**inputs).logits
+    if logits.shape[:2] != (1, int(chosen_BT.sum())):
+        raise TrainingError(
+            f"training: expected {type(model).__name__} to call its output embedding, got logits "
+            "without it; this architecture is not supported"
+        )
+    return logits[0]
+
+
 @contextmanager
-def head_sees(head: nn.Module, predicts_BT: Tensor) -> Iterator[None]:
+def _head_sees(head: nn.Module, predicts_BT: Tensor) -> Iterator[None]:
     """While open, the head gets the chosen positions only, as one row (1, N, H)."""
 
     def choose(_module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -18,6 +18,7 @@ Scheduler = Literal["cosine", "linear", "constant"]
 
 # What changes no number of the trained weights, so that a run may be resumed with another value.
 _REPORTING = frozenset({"learning_rate_source", "logging_steps", "save_steps", "report_to"})
+_LATER = frozenset({"lora_plus_ratio", "regularisers"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +105,14 @@ class TrainingOptions:
 
     def identity(self) -> Mapping[str, Any]:
         """The options that change the trained weights: a resumed run must have the same."""
-        values = asdict(self) | {"regularisers": [*map(regulariser_options, self.regularisers)]}
-        return {k: v for k, v in values.items() if k not in _REPORTING}
+        values = {k: v for k, v in asdict(self).items() if k not in _REPORTING | _LATER}
+        # Where they are set only, so that checkpoints from before there were any go on.
+        if self.lora_plus_ratio is not None:
+            values["lora_plus_ratio"] = self.lora_plus_ratio
+        if self.regularisers:
+            named = sorted(self.regularisers, key=lambda one: one.name)
+            values["regularisers"] = [*map(regulariser_options, named)]
+        return values
 
 
 def _expect(holds: bool, name: str, expected: str, got: object) -> None:

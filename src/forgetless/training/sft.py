@@ -22,7 +22,12 @@ from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from forgetless.adapters.forms import adapted_layers, align_adapter_dtype, form_of
-from forgetless.data.tokens import TokenRow, fingerprint_token_rows, pad_token_id
+from forgetless.data.tokens import (
+    TokenRow,
+    fingerprint_token_rows,
+    has_target,
+    pad_token_id,
+)
 from forgetless.errors import ForgetlessWarning, TrainingError
 from forgetless.evaluation.likelihood import score_rows
 from forgetless.models.state import left_as_found, trainable_copy
@@ -159,11 +164,6 @@ def learnable(rows: Sequence[TokenRow], where: str = "train data") -> list[Token
             "or raise max_length where they are truncated"
         )
     return found
-
-
-def has_target(row: TokenRow) -> bool:
-    """Whether a row has a completion token with a token before it."""
-    return len(row.input_ids) > max(row.prompt_length, 1)
 
 
 def mean_nll(

@@ -70,7 +70,8 @@ class AdapterTrainer(SFTTrainer):
         if return_outputs or not model.training or not self._terms:
             return loss
         count = self.current_gradient_accumulation_steps
-        extra = self._terms.loss(model, self.state.global_step, count)
+        stride = self.args.gradient_accumulation_steps
+        extra = self._terms.loss(model, self.state.global_step, count, stride)
         # The trainer divides by `count` what no number of items has normalised.
         return loss + (extra if num_items_in_batch is not None else extra * count)
 

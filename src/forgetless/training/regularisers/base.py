@@ -44,12 +44,14 @@ class MicroBatch:
     Attributes:
         step: Optimiser steps taken before.
         index: Forward passes of this step before.
-        count: Forward passes of this step.
+        count: Forward passes of this step, fewer at the end of an epoch.
+        stride: Forward passes of a whole step.
     """
 
     step: int
     index: int
     count: int
+    stride: int
 
 
 @dataclass(frozen=True, slots=True)

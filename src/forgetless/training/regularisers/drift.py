@@ -71,11 +71,20 @@ def _energy(
     if a_is_frozen:
         a_RD = live_factors(layer, adapter)[0].detach()
         with full_precision():
-            frozen_RR = a_RD @ moment_DD.to(a_RD) @ a_RD.T * factor
+            return _energy_of_b(layer, adapter, a_RD @ moment_DD.to(a_RD) @ a_RD.T * factor)
 
     def energy() -> Tensor:
         a_RD, b_OR = live_factors(layer, adapter)
-        inner_RR = frozen_RR if a_is_frozen else a_RD @ moment_DD.to(a_RD) @ a_RD.T * factor
+        return ((b_OR.T @ b_OR) * (a_RD @ moment_DD.to(a_RD) @ a_RD.T)).sum() * factor
+
+    return energy
+
+
+def _energy_of_b(layer: LoraLayer, adapter: str, inner_RR: Tensor) -> Callable[[], Tensor]:
+    """tr(B inner Bᵀ); no D-wide tensor is kept."""
+
+    def energy() -> Tensor:
+        b_OR = live_factors(layer, adapter)[1]
         return ((b_OR.T @ b_OR) * inner_RR).sum()
 
     return energy

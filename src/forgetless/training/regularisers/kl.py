@@ -1,7 +1,8 @@
 """kl: λ KL(base‖tuned) on batches of preserve rows, over the tokens that evaluation scores.
 
 The base comes free of a second model, from `disable_adapter()`: two more forward passes a batch,
-one of them with gradients. Rows are taken in a seeded order, the same after a resume.
+one of them with gradients, both under the trainer's autocast. Rows are taken in a seeded order, the
+same after a resume. Where a model has dropout, it acts on the tuned pass only.
 
 Source: the distillation term of Learning without Forgetting, arXiv:1606.09282, with the base as the
 teacher, at temperature 1.
@@ -19,12 +20,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from forgetless.data.tokens import TokenRow, make_batches, pad_token_id
+from forgetless.data.tokens import TokenRow, has_target, make_batches, pad_token_id
 from forgetless.evaluation.likelihood import input_device, kl_divergence
 from forgetless.evaluation.selection import chunk_size, model_inputs, output_head
 from forgetless.models.state import left_as_found
 from forgetless.models.targets import base_of
-from forgetless.training.loss import head_sees
+from forgetless.training.loss import chosen_logits
 from forgetless.training.regularisers.base import Binding, MicroBatch, Regulariser, Term
 
 
@@ -54,8 +55,14 @@ class KL(Regulariser):
 
     def bind(self, to: Binding) -> Term:
         """Take the rows that have a token to score."""
-        scored = [r for r in to.data.rows if len(r.input_ids) > max(r.prompt_length, 1)]
-        return _KLTerm(self, to, self._rows(scored))
+        rows = self._rows(to.data.rows)
+        scored = [row for row in rows if has_target(row)]
+        self._require(
+            bool(scored),
+            f"expected rows of preserve data with a token to score, got none in {len(rows)}; give "
+            "completions, or raise max_length",
+        )
+        return _KLTerm(self, to, scored)
 
 
 class _KLTerm(Term):
@@ -71,10 +78,8 @@ class _KLTerm(Term):
         head = output_head(base)
         with torch.no_grad(), left_as_found(self._to.model), self._to.model.disable_adapter():
             self._to.model.eval()
-            with head_sees(head, predicts_BT):
-                base_NV = base(**inputs).logits[0]
-        with head_sees(head, predicts_BT):
-            tuned_NV = model(**inputs).logits[0]
+            base_NV = chosen_logits(model, head, inputs, predicts_BT)
+        tuned_NV = chosen_logits(model, head, inputs, predicts_BT)
         size = chunk_size(tuned_NV.shape[-1])
         pairs = zip(base_NV.split(size), tuned_NV.split(size), strict=True)
         total = torch.stack([_kl(*pair) for pair in pairs]).sum()
@@ -96,7 +101,7 @@ class _KLTerm(Term):
 
     def _drawn(self, micro: MicroBatch) -> list[TokenRow]:
         """Rows of one pass: the next ones of a shuffle of all, a new shuffle each time around."""
-        first = (micro.step * micro.count + micro.index) * self._options.batch_size
+        first = (micro.step * micro.stride + micro.index) * self._options.batch_size
         drawn = []
         for position in range(first, first + self._options.batch_size):
             around, place = divmod(position, len(self._rows))

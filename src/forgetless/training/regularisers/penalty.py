@@ -1,10 +1,10 @@
 """penalty: λ Σ (‖A P‖² + ‖Bᵀ Q‖²) / R, P and Q random orthonormal columns, one for each width.
 
 It keeps the row space of A and the column space of B off two fixed subspaces, whatever the data.
-For the form `both`, A and B are the factors of ΔW that an export holds.
 
-Source: CLoRA, arXiv:2410.16801. Deviation: divided by the rank of the factors, so that λ
-means the same at every rank.
+Source: CLoRA, arXiv:2410.16801. Deviations: divided by the rank, so that λ means the same at every
+rank. The paper has plain LoRA; of the other forms what trains is penalised (a, b of `both`), which
+is 0 at the base, so that the term never pulls away from it.
 """
 
 # Shape letters in this file: D = layer input width, O = layer output width, R = rank of the
@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from forgetless.adapters.forms import adapted_layers, live_factors
+from forgetless.adapters.forms import adapted_layers
 from forgetless.linalg.precision import full_precision
 from forgetless.training.regularisers.base import Binding, MicroBatch, Regulariser, Term
 
@@ -76,9 +76,16 @@ class _PenaltyTerm(Term):
         values = []
         with torch.autocast(device.type, enabled=False), full_precision():
             for layer in self._layers:
-                a_RD, b_OR = live_factors(layer, self._adapter)
-                read = a_RD @ self._bases[layer.in_features].to(a_RD)
-                written = b_OR.T @ self._bases[layer.out_features].to(b_OR)
-                inside = read.square().sum() + written.square().sum()
-                values.append(inside.to(device) / len(a_RD))
+                a_RD = layer.lora_A[self._adapter].weight
+                b_OR = layer.lora_B[self._adapter].weight
+                if a_RD.requires_grad:
+                    values.append(self._inside(a_RD, layer.in_features, device))
+                if b_OR.requires_grad:
+                    values.append(self._inside(b_OR.T, layer.out_features, device))
         return torch.stack(values).sum() * self._options.weight
+
+    def _inside(self, rows_RD: Tensor, width: int, device: torch.device) -> Tensor:
+        """Energy of R rows inside the subspace of their width, over R."""
+        wide = torch.promote_types(rows_RD.dtype, torch.float32)
+        inside_RK = rows_RD.to(wide) @ self._bases[width].to(rows_RD.device, wide)
+        return inside_RK.square().sum().to(device) / len(rows_RD)

@@ -50,13 +50,15 @@ class Project(Regulariser):
     def bind(self, to: Binding) -> Term:
         """Solve for U, once per site."""
         moments = self._moments(to)
-        bases: dict[str, Tensor] = {}
+        bases: dict[tuple[str, torch.device], Tensor] = {}
         pairs = []
         for name, layer in adapted_layers(to.model, to.adapter).items():
-            site, weight_RD = moments.site_of[name], layer.lora_A[to.adapter].weight
-            if site not in bases:
-                bases[site] = leading_basis(moments.moments[site].mean_DD(), self.energy)
-            pairs.append((weight_RD, bases[site].to(weight_RD.device)))
+            weight_RD = layer.lora_A[to.adapter].weight
+            place = moments.site_of[name], weight_RD.device
+            if place not in bases:
+                basis_DK = leading_basis(moments.of(name).mean_DD(), self.energy)
+                bases[place] = basis_DK.to(weight_RD.device)
+            pairs.append((weight_RD, bases[place]))
         return _ProjectTerm(pairs)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from forgetless.data.tokens import TokenRow
+from forgetless.data.tokens import TokenRow, has_target
 from forgetless.training.regularisers.base import Binding, PreserveData, Regulariser, Term
 
 
@@ -19,8 +19,8 @@ class Replay(Regulariser):
     """Replay.
 
     Attributes:
-        ratio: Share of preserve rows in what is trained on; the train rows all stay, so that an
-            epoch is longer.
+        ratio: Share of preserve rows among the rows that are trained on, whatever their length; the
+            train rows all stay, so that an epoch is longer.
     """
 
     ratio: float = 0.1
@@ -44,7 +44,13 @@ class Replay(Regulariser):
         self, rows: Sequence[TokenRow], preserve: PreserveData, seed: int
     ) -> list[TokenRow]:
         """Train rows, then drawn preserve rows, each of them once before any comes twice."""
-        kept = list(self._rows(preserve.rows_to_train_on))
+        given = self._rows(preserve.rows_to_train_on)
+        kept = [row for row in given if has_target(row)]
+        self._require(
+            bool(kept),
+            f"expected rows of preserve data with a token to learn, got none in {len(given)}; give "
+            "completions, or raise max_length",
+        )
         count = max(1, round(len(rows) * self.ratio / (1 - self.ratio)))
         draw = random.Random(seed)
         drawn: list[TokenRow] = []
