@@ -26,7 +26,7 @@ METHODS: dict[str, dict[str, str]] = {
     "both": {"name": "sc-lora"},
 }
 IDS = torch.arange(5, 29).reshape(2, 12)
-# What a target must write; a refusal of one of these is a failure. Others may be refused.
+# What a target must write: a refusal of one of these is a failure. All others it must refuse.
 LLAMA_CPP = {
     "llama", "qwen2", "qwen3", "mistral", "gemma3", "phi", "phi3", "gpt2", "gpt_neox",
 }  # fmt: skip
