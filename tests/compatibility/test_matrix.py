@@ -31,7 +31,7 @@ LLAMA_CPP = {
     "llama", "qwen2", "qwen3", "mistral", "gemma3", "phi", "phi3", "gpt2", "gpt_neox",
 }  # fmt: skip
 MUST_WRITE: dict[str, set[str]] = {
-    **dict.fromkeys(["peft", "vllm", "sglang", "tgi", "merged"], set(CONFIGS)),
+    **{target: set(CONFIGS) for target in ("peft", "vllm", "sglang", "tgi", "merged")},
     "llama.cpp": LLAMA_CPP,
 }
 
