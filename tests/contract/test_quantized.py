@@ -481,6 +481,28 @@ def test_layers_that_a_checkpoint_leaves_out_are_counted_and_named(
 
 
 @needed("nf4")
+@pytest.mark.parametrize("width", [96, 128])
+def test_a_4_bit_layer_that_bitsandbytes_misreads_on_a_cpu_is_warned_of(
+    width: int, make_tiny_model: Callable[..., PreTrainedModel], save_model: Callable[..., Path]
+) -> None:
+    """Rows of 96 are a block and a half; the independent weight is 9 % off the full one."""
+    folder = str(save_model(make_tiny_model(hidden_size=width, intermediate_size=128)))
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        base = load_model(folder, dtype="float32", device="cpu", quantization="nf4").model
+    full = load_model(folder, dtype="float32", device="cpu").model.state_dict()
+    wrong = set()
+    for name, target in find_targets(base).targets.items():
+        expected = independent_weight("nf4", full[f"{name}.weight"]).float()
+        error = float((target.weight_OD() - expected).norm() / expected.norm())
+        wrong |= {name} if error > 0.1 else set()
+    said = [str(one.message) for one in heard if "wrongly on a CPU" in str(one.message)]
+    assert len(said) == bool(wrong)
+    assert all(f"reads {len(wrong)} 4-bit layers" in text for text in said)
+    assert bool(wrong) == (width == 96)
+
+
+@needed("nf4")
 def test_a_quantised_checkpoint_without_its_package_names_the_extra(
     load: Load, save_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,6 +51,24 @@ def keep_trainable_layout(model: nn.Module) -> None:
         )
 
 
+def misread_layers(model: nn.Module) -> list[str]:
+    """Names of 4-bit layers on a CPU whose rows are no whole number of blocks.
+
+    bitsandbytes 0.50.2 stores them well and reads them as if each row began a block: the layer
+    computes with other weights than the codes and scales stand for, and than a GPU would.
+    """
+    bitsandbytes = sys.modules.get("bitsandbytes")
+    if bitsandbytes is None:
+        return []
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit) and module.weight.device.type == "cpu":
+            state: Any = module.weight.quant_state
+            if state is not None and state.shape[-1] % state.blocksize:
+                found.append(name)
+    return found
+
+
 def _unpack(bitsandbytes: Any, layer: Any) -> None:
     weight = layer.weight
     state = weight.quant_state

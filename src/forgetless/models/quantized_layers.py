@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from forgetless.errors import ForgetlessWarning, ModelError
+from forgetless.models.bitsandbytes_cpu import misread_layers
 from forgetless.models.dequantize import DENSE, is_quantized
 from forgetless.models.quantization import QUANTIZERS, quantization_of
 from forgetless.models.targets import find_targets
@@ -29,6 +30,7 @@ def check_quantized_layers(model: PreTrainedModel, asked_for: str) -> None:
     kind = quantization_of(model.config)
     if kind is None:
         return
+    _warn_of_misread(model)
     layers = find_targets(model).targets
     left = [name for name, target in layers.items() if not is_quantized(target.module)]
     fused = _fused(model)
@@ -56,6 +58,18 @@ def check_quantized_layers(model: PreTrainedModel, asked_for: str) -> None:
         ForgetlessWarning,
         stacklevel=3,
     )
+
+
+def _warn_of_misread(model: nn.Module) -> None:
+    misread = misread_layers(model)
+    if misread:
+        warnings.warn(
+            f"quantization: bitsandbytes reads {len(misread)} 4-bit layers wrongly on a CPU, since "
+            f"their input width is no multiple of the block of scales: {_first(misread)}; use "
+            "int8 or torchao-int8",
+            ForgetlessWarning,
+            stacklevel=4,
+        )
 
 
 def _fused(model: nn.Module) -> dict[str, int]:
