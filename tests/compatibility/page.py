@@ -137,6 +137,9 @@ def _head(results: Results) -> str:
             "outcome is shown. Models are tiny random ones (2 layers, width 32, float32, CPU)",
             "where nothing else is said: [architectures](architectures.md). Export targets are",
             "engines' rules, reloaded with PEFT or transformers: [serving](serving.md).",
+            "llama.cpp's ✓ means written, and read back by forgetless. The engine itself is run by",
+            "tests/integration/test_llama_cpp.py, where it is installed; in CI it is not: what it",
+            "showed, and with which version, stands in [serving](serving.md#llamacpp).",
         ]
     )
 

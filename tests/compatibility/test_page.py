@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -182,6 +184,45 @@ def test_a_key_that_is_none_is_refused(pytester: pytest.Pytester) -> None:
     )
     done = pytester.runpytest_inprocess("-p", "compatibility.plugin")
     done.stderr.fnmatch_lines(["*expected the keys base, form, *, got basis*"])
+
+
+# Stands for the environment's Python: notes what it was asked for, and ends as pytest would.
+STUB = """#!/bin/sh
+echo "$*" >> "{folder}/asked"
+case "$*" in *"-m pytest"*) exit {status};; esac
+"""
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(
+    ("status", "arguments", "page", "ends"),
+    [
+        (0, "", True, 0),
+        (1, "", True, 0),  # a failing cell is on the page; what writes it has a status of its own
+        (2, "", False, 2),  # interrupted, or an error in a test file
+        (4, "", False, 2),
+        (5, "", False, 2),  # nothing was collected
+        (0, "-k llama", False, 0),
+        (2, "-k llama", False, 2),
+    ],
+)
+def test_make_writes_the_page_from_a_whole_new_run_only(
+    status: int, arguments: str, page: bool, ends: int, tmp_path: Path
+) -> None:
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(STUB.format(folder=tmp_path, status=status))
+    python.chmod(0o755)
+    stale = tmp_path / "results.json"
+    stale.write_text("{}")
+    variables = [f"VENV={tmp_path}/venv", f"RESULTS={stale}", f"ARGS={arguments}"]
+    command = ["make", "compatibility", "--old-file", f"{tmp_path}/venv/.setup-done", *variables]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == ends, done.stderr
+    assert not stale.exists()
+    asked = (tmp_path / "asked").read_text()
+    assert ("compatibility.page" in asked) == page
+    assert ("is left as it is" in done.stdout) == (bool(arguments) and ends == 0)
 
 
 def test_every_test_that_the_page_names_is_there() -> None:

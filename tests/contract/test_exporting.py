@@ -125,3 +125,10 @@ def test_a_further_target_is_one_more_object(
     done = export_folder(folder, folder.parent / "out", target="listing", max_rank=3)
     assert done.summary == "list of rank 3"
     assert "q_proj': 3" in (folder.parent / "out" / "list.txt").read_text()
+
+
+def test_a_merge_is_not_asked_for_on_a_base_to_be_quantised(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "no/such-base"}')
+    with pytest.raises(AdapterError, match="leave out --quantization"):
+        export_folder(tmp_path, tmp_path / "out", target="merged", quantization="nf4")
+    assert not (tmp_path / "out").exists()

@@ -183,7 +183,7 @@ def test_an_architecture_that_was_not_verified_is_refused_with_the_remedy(tmp_pa
         forgetless.export(model, tmp_path / "out", target="llama.cpp")
     assert "--target merged" in str(caught.value)
     assert "--target peft" in str(caught.value)
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_layer_that_llama_cpp_does_not_have_is_refused(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_a_layer_that_llama_cpp_does_not_have_is_refused(tmp_path: Path) -> None
     model = foreign(base, target_modules=["q_proj", "extra"])
     with pytest.raises(AdapterError, match=r"got model\.layers\.1\.extra; leave it out"):
         forgetless.export(model, tmp_path / "out", target="llama.cpp")
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_the_package_the_extra_is_named(
@@ -201,7 +201,7 @@ def test_without_the_package_the_extra_is_named(
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(AdapterError, match=r"pip install 'forgetless\[llama-cpp\]'"):
         forgetless.export(foreign(tiny_base("llama")), tmp_path / "out", target="llama.cpp")
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_damaged_file_is_one_line(tmp_path: Path) -> None:
@@ -230,6 +230,7 @@ def test_lint_knows_the_two_kinds_of_folder(tmp_path: Path) -> None:
     )
 
 
+PAIR_OF_RANK_2 = {"a": (2, 32), "b": (32, 2)}
 BROKEN: dict[str, tuple[str, Callable[[GgufLora], None]]] = {
     "general.type": (
         "expected general.type adapter, got 'model'",
@@ -247,6 +248,42 @@ BROKEN: dict[str, tuple[str, Callable[[GgufLora], None]]] = {
         "got blk.0.attn_q.bias, which llama.cpp refuses",
         lambda lora: lora.tensors.update({"blk.0.attn_q.bias": torch.ones(32)}),  # type: ignore[attr-defined]
     ),
+    "alpha": (
+        "expected adapter.lora.alpha = rank = 4, got 8.0",
+        lambda lora: lora.metadata.update({"adapter.lora.alpha": 8.0}),  # type: ignore[attr-defined]
+    ),
+    "no alpha": (
+        "expected adapter.lora.alpha = rank = 4, got None",
+        lambda lora: lora.metadata.pop("adapter.lora.alpha"),  # type: ignore[attr-defined]
+    ),
+    "empty": (
+        "expected A and B of at least one layer, got none",
+        lambda lora: lora.tensors.clear(),  # type: ignore[attr-defined]
+    ),
+    "ranks": (
+        "expected one rank in every layer, got [2, 4]",
+        lambda lora: lora.tensors.update(  # type: ignore[attr-defined]
+            {f"blk.0.attn_q.weight.lora_{x}": torch.ones(s) for x, s in PAIR_OF_RANK_2.items()}
+        ),
+    ),
+    "one dimension": (
+        "expected a matrix, got blk.0.attn_q.weight.lora_b of shape [32]",
+        lambda lora: lora.tensors.update({"blk.0.attn_q.weight.lora_b": torch.ones(32)}),  # type: ignore[attr-defined]
+    ),
+    "one dimension in A": (
+        "expected a matrix, got blk.0.attn_q.weight.lora_a of shape [4]",
+        lambda lora: lora.tensors.update({"blk.0.attn_q.weight.lora_a": torch.ones(4)}),  # type: ignore[attr-defined]
+    ),
+    "NaN": (
+        "got NaN or inf in blk.0.attn_q.weight.lora_b",
+        lambda lora: lora.tensors["blk.0.attn_q.weight.lora_b"].fill_(float("nan")),
+    ),
+    "head": (
+        "expected layers inside blocks (blk.0.…), got output.weight",
+        lambda lora: lora.tensors.update(  # type: ignore[attr-defined]
+            {"output.weight.lora_a": torch.ones(4, 32), "output.weight.lora_b": torch.ones(384, 4)}
+        ),
+    ),
 }
 
 
@@ -262,6 +299,35 @@ def test_lint_names_what_llama_cpp_refuses_or_passes_over(
     damage(lora)
     monkeypatch.setattr(lint, "read_lora", lambda path: lora)
     assert any(breach in line for line in lint_adapter(tmp_path, "llama.cpp"))
+
+
+def test_lint_names_a_layer_that_the_base_does_not_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from forgetless.adapters.gguf import lint
+
+    model = foreign(tiny_base("llama"))
+    forgetless.export(model, tmp_path, target="llama.cpp")
+    lora = read_lora(tmp_path / GGUF)
+    more = {f"blk.0.ffn_gate_inp.weight.lora_{x}": torch.ones(4, 4) for x in "ab"}
+    lora.tensors.update(more)  # type: ignore[attr-defined]
+    monkeypatch.setattr(lint, "read_lora", lambda path: lora)
+    [breach] = lint_adapter(tmp_path, "llama.cpp", model)
+    assert "expected layers of llama, got blk.0.ffn_gate_inp.weight" in breach
+
+
+def test_what_a_target_cannot_take_is_refused_before_anything_is_calibrated(
+    tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("forgetless.adapters.export.metric_on", None)
+    model = foreign(tiny_base("mixtral"), target_modules=["q_proj"])
+    cut = {"max_rank": 2, "moments_data": ["one text", "two texts"], "tokenizer": tiny_tokenizer}
+    with pytest.raises(AdapterError, match="got mixtral, whose layers"):
+        forgetless.export(model, tmp_path / "out", target="llama.cpp", **cut)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(AdapterError, match=r"forgetless\[llama-cpp\]"):
+        forgetless.export(foreign(tiny_base("llama")), tmp_path / "out", target="llama.cpp", **cut)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
 
 
 # --- the command
@@ -301,3 +367,10 @@ def test_the_command_writes_compares_and_gives_a_card(
     command = ["export", "theirs", "json", "--target", "llama.cpp", "--json"]
     assert status(*command) == 0
     assert json.loads(capsys.readouterr().out)["target"] == "llama.cpp"
+
+    monkeypatch.setattr("forgetless.experiments.exporting.metric_on", None)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    cut = ["--max-rank", "3", "--moments-data", "self"]
+    assert status("export", "theirs", "none", "--target", "llama.cpp", *cut) == 2
+    assert "pip install 'forgetless[llama-cpp]'" in capsys.readouterr().err
+    assert not Path("none").exists()

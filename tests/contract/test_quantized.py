@@ -13,20 +13,32 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
 
 import forgetless
+from forgetless.adapters.export import EXPORT_TARGETS
+from forgetless.adapters.export_target import ExportJob
 from forgetless.adapters.forms import adapted_layers, factors, form_of
+from forgetless.adapters.lint import lint_adapter
 from forgetless.adapters.load import load_adapter
 from forgetless.adapters.round_trip import check_round_trip
 from forgetless.errors import AdapterError, ForgetlessWarning, ModelError
 from forgetless.evaluation.weight_movement import measure_weights
+from forgetless.models.bitsandbytes_cpu import keep_trainable_layout
 from forgetless.models.fingerprint import model_fingerprint, unquantized_fingerprint
 from forgetless.models.load import load_model
 from forgetless.models.quantization import QUANTIZERS
 from forgetless.models.targets import find_targets
 from forgetless.recipe import Recipe
 from quantized_bases import NAMES, cells, gptq_base, independent_weight, needed
+from tiny_bases import tiny_base
 
 TEXTS = [f"The capital of country {i} is city {i * 7 % 13}, and it rains there." for i in range(60)]
 TRAIN = [f"Question: {i} apples and {i} apples? Answer: {2 * i} apples." for i in range(40)]
@@ -347,7 +359,32 @@ def test_an_export_of_a_quantised_base_is_refused_on_another_model(
         load_adapter(load(quantization, "bfloat16"), folder)
 
 
-@pytest.mark.parametrize("quantization", cells())
+@pytest.mark.parametrize("target", ["sglang", "tgi", "llama.cpp"])
+@pytest.mark.parametrize("quantization", cells(trainer="hand-written loop", export="{target}"))
+def test_what_was_trained_on_a_quantised_base_is_written_for_an_engine(
+    quantization: str,
+    target: str,
+    load: Load,
+    tiny_tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+) -> None:
+    if target == "llama.cpp":
+        pytest.importorskip("gguf", reason="pip install 'forgetless[llama-cpp]'")
+    base = load(quantization)
+    base.config.name_or_path = "somebody/llama"
+    model = attached(base, tiny_tokenizer)
+    train_by_hand(model)
+    forgetless.export(model, tmp_path, target=target)
+    assert lint_adapter(tmp_path, target, model) == []
+    check = EXPORT_TARGETS[target].compare(ExportJob(model=model, folder=tmp_path), IDS)
+    assert check.max_update_error < 1e-6
+    assert check.max_difference < 1e-4
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    cells(export="merged", refused="export the adapter, and merge on the full-precision base"),
+)
 def test_a_merge_into_a_quantised_base_is_refused_with_the_remedy(
     quantization: str, load: Load, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
@@ -407,6 +444,98 @@ def test_a_quantisation_that_is_not_there_is_named(
     monkeypatch.setattr("forgetless.models.quantization.find_spec", lambda _: None)
     with pytest.raises(ModelError, match=r"needs the package bitsandbytes.*forgetless\[quantized"):
         load_model(str(source), device="cpu", quantization="nf4")
+
+
+@needed("torchao-int8")
+def test_a_quantisation_that_takes_no_layer_is_an_error_with_another_one(
+    tiny_gpt2: PreTrainedModel, save_model: Callable[..., Path]
+) -> None:
+    """torchao passes over GPT-2's Conv1D; nothing in the model would be quantised."""
+    folder = str(save_model(tiny_gpt2, "gpt2"))
+    with pytest.raises(ModelError, match=r"got none of 8 \(Conv1D\).*another one \(nf4, int8\)"):
+        load_model(folder, device="cpu", quantization="torchao-int8")
+
+
+@pytest.mark.parametrize("quantization", [pytest.param(n, marks=needed(n)) for n in QUANTIZERS])
+def test_experts_that_stay_in_full_precision_are_named(
+    quantization: str, save_model: Callable[..., Path]
+) -> None:
+    folder = str(save_model(tiny_base("mixtral"), "mixtral"))
+    # Two layers of four experts: gate and up (128, 32), down (32, 64).
+    numbers = 2 * 4 * (128 * 32 + 32 * 64)
+    said = rf"{NAMES[quantization]}: 8 of 8 .* \({numbers} numbers\): model.layers.0.mlp.experts"
+    with pytest.warns(ForgetlessWarning, match=said):
+        load_model(folder, dtype="float32", device="cpu", quantization=quantization)
+
+
+@needed("int8")
+def test_layers_that_a_checkpoint_leaves_out_are_counted_and_named(
+    source: Path, save_model: Callable[..., Path]
+) -> None:
+    config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head", "q_proj"])
+    part = AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
+    folder = str(save_model(part, "part"))
+    said = r"12 of 14 .*left as they are: model.layers.0.self_attn.q_proj, model.layers.1"
+    with pytest.warns(ForgetlessWarning, match=said):
+        load_model(folder, dtype="float32", device="cpu")
+
+
+@needed("nf4")
+@pytest.mark.parametrize("width", [96, 128])
+def test_a_4_bit_layer_that_bitsandbytes_misreads_on_a_cpu_is_warned_of(
+    width: int, make_tiny_model: Callable[..., PreTrainedModel], save_model: Callable[..., Path]
+) -> None:
+    """Rows of 96 are a block and a half; the independent weight is 9 % off the full one."""
+    folder = str(save_model(make_tiny_model(hidden_size=width, intermediate_size=128)))
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        base = load_model(folder, dtype="float32", device="cpu", quantization="nf4").model
+    full = load_model(folder, dtype="float32", device="cpu").model.state_dict()
+    wrong = set()
+    for name, target in find_targets(base).targets.items():
+        expected = independent_weight("nf4", full[f"{name}.weight"]).float()
+        error = float((target.weight_OD() - expected).norm() / expected.norm())
+        wrong |= {name} if error > 0.1 else set()
+    said = [str(one.message) for one in heard if "wrongly on a CPU" in str(one.message)]
+    assert len(said) == bool(wrong)
+    assert all(f"reads {len(wrong)} 4-bit layers" in text for text in said)
+    assert bool(wrong) == (width == 96)
+
+
+@needed("nf4")
+def test_a_quantised_checkpoint_without_its_package_names_the_extra(
+    load: Load, save_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = str(save_model(load("nf4"), "saved"))
+    monkeypatch.setattr(
+        "transformers.quantizers.quantizer_bnb_4bit.is_bitsandbytes_available", lambda: False
+    )
+    with pytest.raises(ModelError, match=r"a package that is missing.*forgetless\[quantized\]"):
+        load_model(folder, device="cpu")
+
+
+@needed("nf4")
+def test_another_release_of_bitsandbytes_is_told_of_and_given_no_attribute(load: Load) -> None:
+    base = load("nf4")
+    layer = base.model.layers[0].mlp.up_proj
+    del layer.support_avx512bf16_for_cpu
+    before = set(vars(layer))
+    with pytest.warns(ForgetlessWarning, match="1 4-bit layers have no switch"):
+        keep_trainable_layout(base)
+    assert set(vars(layer)) == before
+
+
+@needed("nf4")
+def test_a_repacked_weight_without_a_way_back_is_an_error(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import bitsandbytes
+
+    base = load("nf4")
+    base.model.layers[0].mlp.up_proj.weight.quant_state.packing_format_for_cpu = True
+    monkeypatch.delattr(bitsandbytes.functional, "_convert_weight_packed_for_cpu_inverse")
+    with pytest.raises(ModelError, match=r"lay out repacked 4-bit weights.*forgetless\[quantized"):
+        keep_trainable_layout(base)
 
 
 @pytest.fixture

@@ -118,6 +118,7 @@ def export(
         tokenizer=tokenizer,
         card=_card(model, adapter, method, report, samples, scale),
     )
+    chosen.check(job)
     metric = IDENTITY
     if moments_data is not None and is_above(job, max_rank):
         if tokenizer is None:

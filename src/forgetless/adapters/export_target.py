@@ -56,6 +56,13 @@ class ExportTarget(ABC):
     is_adapter: ClassVar[bool] = True
     is_peft: ClassVar[bool] = True
 
+    def check(self, job: ExportJob) -> None:  # noqa: B027  # most have nothing to refuse so early
+        """Refuse what can be known before anything is calibrated or written.
+
+        Raises:
+            AdapterError: What the target cannot take, with the remedy.
+        """
+
     @abstractmethod
     def write(self, job: ExportJob) -> torch.dtype:
         """Write, whole or not at all; the live model is not changed.

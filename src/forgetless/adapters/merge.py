@@ -34,6 +34,10 @@ class MergedModel(ExportTarget):
     is_adapter = False
     is_peft = False
 
+    def check(self, job: ExportJob) -> None:
+        """Whether the base is in full precision."""
+        _refuse_quantized(job.model, job.adapter)
+
     def write(self, job: ExportJob) -> torch.dtype:
         """The whole model with its card, and the tokenizer where the job has one."""
         save_merged(

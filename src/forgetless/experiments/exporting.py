@@ -110,6 +110,11 @@ def export_folder(
     chosen = export_target(target)
     check_compression(max_rank, moments_data)
     CardFigures("").chosen(samples)  # refused before anything is loaded
+    if quantization != "none" and not chosen.is_adapter:
+        raise AdapterError(
+            f"quantization: expected none for the target {chosen.name}, whose weights are written "
+            f"in full, got {quantization}; leave out --quantization"
+        )
     data = None if moments_data is None else _moments_data(moments_data)
     if not scale > 0:
         raise RecipeError(
@@ -134,6 +139,7 @@ def export_folder(
             tokenizer=loaded.tokenizer,
             checkpoint_dtype=_checkpoint_dtype(name, loaded.revision),
         )
+        chosen.check(job)
         metric = IDENTITY
         if data is not None:
             metric = _metric(job, max_rank, data, loaded, heard)

@@ -29,7 +29,8 @@ from forgetless.models.cache import cache_dir
 from forgetless.models.demo_model import demo_model_path
 from forgetless.models.fingerprint import model_fingerprint
 from forgetless.models.hardware import describe_hardware, has_fast_bf16, pick_device, pick_dtype
-from forgetless.models.quantization import quantization_config, quantization_of
+from forgetless.models.quantization import EXTRA, quantization_config, quantization_of
+from forgetless.models.quantized_layers import check_quantized_layers
 
 __all__ = [
     "DEMO",
@@ -95,7 +96,7 @@ def load_model(
 
     Raises:
         ModelError: The model cannot be found or loaded, is no causal language model, or lacks
-            weights; or it cannot be quantised so.
+            weights; or it cannot be quantised so, also where no layer of it was.
     """
     where = _device(device)
     precision = _dtype(dtype, where)
@@ -110,6 +111,7 @@ def load_model(
             options["quantization_config"] = wanted
         model = _weights(name, source, config, precision, where, options)
     keep_trainable_layout(model)
+    check_quantized_layers(model, quantization)
     return LoadedModel(
         model=model.eval(),
         tokenizer=tokenizer,
@@ -213,6 +215,11 @@ def _unreachable(name: str, source: str, error: BaseException) -> ModelError:
         return ModelError(
             f"model: {name!r} brings its own Python code, which is not run unless asked for; "
             "read it, then set trust_remote_code=true"
+        )
+    if isinstance(error, ImportError):
+        return ModelError(
+            f"model: {name!r} needs a package that is missing ({_first_line(error)}); install it "
+            f"(bitsandbytes and torchao: {EXTRA})"
         )
     if Path(source).is_dir():
         return ModelError(

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from forgetless.adapters.gguf.architectures import NAME, GgufArchitecture, architecture_of
+from forgetless.adapters.gguf.architectures import NAME, architecture_of
 from forgetless.errors import AdapterError, ArtefactError
 
 GGUF = "adapter.gguf"
@@ -84,7 +84,7 @@ def write_lora(
         AdapterError: An architecture or a layer that is not known, or no package `gguf`.
     """
     gguf, architecture = gguf_package(), architecture_of(config)
-    names = _names(gguf, architecture, config, updates)
+    names = gguf_names(config, updates)
     rank = next(iter(updates.values()))[0].shape[0]
     writer = gguf.GGUFWriter(path, architecture.name)
     try:
@@ -97,7 +97,7 @@ def write_lora(
             if revision:
                 writer.add_base_model_version(0, revision)
         for module, (a_RD, b_OR) in updates.items():
-            order = architecture.row_orders.get(_layer(names[module]))
+            order = architecture.row_orders.get(layer_of(names[module]))
             if order is not None:
                 b_OR = order.to_gguf(b_OR, order.heads(config))
             for suffix, tensor in ((A, a_RD), (B, b_OR)):
@@ -110,19 +110,19 @@ def write_lora(
         writer.close()
 
 
-def _names(
-    gguf: ModuleType,
-    architecture: GgufArchitecture,
-    config: PreTrainedConfig,
-    updates: Mapping[str, object],
-) -> dict[str, str]:
-    """GGUF's name of each module's weight, by the package's own table."""
+def gguf_names(config: PreTrainedConfig, modules: Iterable[str]) -> dict[str, str]:
+    """GGUF's name of each module's weight, by the package's own table.
+
+    Raises:
+        AdapterError: An architecture or a layer that is not known, or no package `gguf`.
+    """
+    gguf, architecture = gguf_package(), architecture_of(config)
     kind = next(k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
     table = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     found: dict[str, str] = {}
-    for module in updates:
+    for module in modules:
         name = table.get_name(module + _WEIGHT, try_suffixes=(_WEIGHT,))
-        if name is None or _layer(name) not in architecture.modules:
+        if name is None or layer_of(name) not in architecture.modules:
             raise AdapterError(
                 f"target {NAME}: expected layers that llama.cpp's {architecture.name} has, got "
                 f"{module}; leave it out of target_modules, or export with --target peft"
@@ -131,7 +131,7 @@ def _names(
     return found
 
 
-def _layer(name: str) -> str:
+def layer_of(name: str) -> str:
     """`attn_q` of `blk.3.attn_q.weight`; the whole name where it belongs to no block."""
     found = _BLOCK.fullmatch(name)
     return name if found is None else found.group(2)

@@ -12,8 +12,16 @@ from torch import Tensor
 
 from forgetless.adapters.card import CardFacts, base_label, write_card
 from forgetless.adapters.export_target import ExportJob, ExportTarget
+from forgetless.adapters.forms import adapted_layers
 from forgetless.adapters.gguf.architectures import NAME
-from forgetless.adapters.gguf.files import GGUF, GgufLora, read_lora, updates_of, write_lora
+from forgetless.adapters.gguf.files import (
+    GGUF,
+    GgufLora,
+    gguf_names,
+    read_lora,
+    updates_of,
+    write_lora,
+)
 from forgetless.adapters.plain_files import save_plain
 from forgetless.adapters.plain_lora import refuse_what_plain_lora_cannot_hold
 from forgetless.adapters.round_trip import RoundTrip, check_round_trip
@@ -37,8 +45,13 @@ class LlamaCpp(ExportTarget):
     name = NAME
     is_peft = False
 
+    def check(self, job: ExportJob) -> None:
+        """The package `gguf`, the architecture, and a name for every layer."""
+        gguf_names(base_of(job.model).config, adapted_layers(job.model, job.adapter))
+
     def write(self, job: ExportJob) -> torch.dtype:
         """The GGUF file, and a model card (`README.md`)."""
+        self.check(job)
         refuse_what_plain_lora_cannot_hold(job.model, job.adapter)
         updates = updates_to_write(job)
         rank = rank_of_updates(updates)
