@@ -391,6 +391,41 @@ def test_a_folder_with_code_is_refused_by_file_and_flag(
     assert not (choices / "ran").exists()
 
 
+def test_a_linked_file_is_checked_with_what_it_includes_where_it_lies(
+    tuned: PeftModel, tiny_tokenizer: PreTrainedTokenizerBase, choices: Path
+) -> None:
+    elsewhere = choices.parent / "elsewhere"
+    elsewhere.mkdir()
+    ran = choices.parent / "ran"
+    (elsewhere / "helper.py").write_text(
+        f"open({str(ran)!r}, 'w').close()\ndef text(doc):\n    return doc['q']\n"
+    )
+    (elsewhere / "base").write_text("doc_to_text: !function helper.text\n")
+    (choices / "base").write_text("doc_to_text: '{{q}}'\n")
+    path = choices / "which.yaml"
+    task = json.loads(path.read_text()) | {"include": "base"}
+    del task["doc_to_text"]
+    (elsewhere / "task").write_text(json.dumps(task))
+    path.unlink()
+    path.symlink_to(elsewhere / "task")
+    with pytest.raises(RecipeError, match=r"elsewhere/base.*--allow-task-code"):
+        forgetless.evaluate(
+            tuned, tiny_tokenizer, lm_eval={"tasks": ["which"], "include_path": choices}
+        )
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("metrics", ["acc", ["acc"], [None], {"metric": "acc"}])
+def test_metrics_that_are_no_list_of_mappings_are_named(
+    tuned: PeftModel, tiny_tokenizer: PreTrainedTokenizerBase, choices: Path, metrics: Any
+) -> None:
+    write_task(choices, choices.parent / "choices.jsonl", metric_list=metrics)
+    with pytest.raises(RecipeError, match=r"which.*metric_list as a list of mappings"):
+        forgetless.evaluate(
+            tuned, tiny_tokenizer, lm_eval={"tasks": ["which"], "include_path": choices}
+        )
+
+
 def test_code_runs_where_it_is_allowed(
     tuned: PeftModel, tiny_tokenizer: PreTrainedTokenizerBase, choices: Path
 ) -> None:
@@ -432,10 +467,11 @@ def test_tasks_that_execute_answers_are_off_with_the_flag_too(
         forgetless.evaluate(tuned, tiny_tokenizer, lm_eval=[name], allow_task_code=True)
 
 
+@pytest.mark.parametrize("mark", [True, 0, "no"])
 def test_own_tasks_that_execute_answers_are_off_with_the_flag_too(
-    tuned: PeftModel, tiny_tokenizer: PreTrainedTokenizerBase, choices: Path
+    tuned: PeftModel, tiny_tokenizer: PreTrainedTokenizerBase, choices: Path, mark: Any
 ) -> None:
-    write_task(choices, choices.parent / "choices.jsonl", unsafe_code=True)
+    write_task(choices, choices.parent / "choices.jsonl", unsafe_code=mark)
     with pytest.raises(RecipeError, match=r"got which.*executes"):
         forgetless.evaluate(
             tuned,
