@@ -23,7 +23,8 @@ lm_eval = pytest.importorskip("lm_eval", reason="the extra lm-eval is not instal
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from forgetless.evaluation.lm_eval.tasks import SHIPPED  # noqa: E402
+from forgetless.evaluation.lm_eval.spec import LmEvalRecipe  # noqa: E402
+from forgetless.evaluation.lm_eval.tasks import SHIPPED, open_tasks  # noqa: E402
 
 OFFICIAL = Path(lm_eval.__file__).parent / "tasks"
 FACTS = [
@@ -145,33 +146,48 @@ def test_choices_are_those_of_an_own_log_likelihood(
     assert values.base != values.tuned  # the adapter must show
 
 
-@pytest.mark.parametrize("task", ["nq_open_local", "webqs_local", "gsm8k_local"])
-def test_shipped_tasks_score_as_the_official_ones_on_the_same_rows(
-    tuned: PeftModel, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path, task: str
-) -> None:
-    name = task.removesuffix("_local")
-    rows = SUMS if name == "gsm8k" else FACTS[:4]
-    # The official one reads `answers` of WebQuestions.
-    data = write_rows(tmp_path / "rows.jsonl", [row | {"answers": row["answer"]} for row in rows])
-    splits = {"train": data, "validation" if name == "nq_open" else "test": data}
-    official = {
+def official_task(folder: Path, name: str, files: dict[str, Path]) -> Path:
+    """The task as lm-eval installs it, on local rows."""
+    folder.mkdir(exist_ok=True)
+    task = {
         "include": str(OFFICIAL / name / f"{name}.yaml"),
         "dataset_path": "json",
         "dataset_name": None,
-        "dataset_kwargs": {"data_files": {split: str(path) for split, path in splits.items()}},
+        "dataset_kwargs": {"data_files": {split: str(path) for split, path in files.items()}},
     }
-    (tmp_path / "official.yaml").write_text(json.dumps(official))
-    shots = 2 if name != "webqs" else 0  # two examples are more than the official webqs can
+    (folder / f"{name}.yaml").write_text(json.dumps(task))
+    return folder / f"{name}.yaml"
+
+
+def rows_of(folder: Path, name: str) -> dict[str, Path]:
+    """Rows to ask and more rows for examples than are shown; the official webqs reads `answers`."""
+    rows = SUMS if name == "gsm8k" else FACTS
+    both = [row | {"answers": list(row["answer"])} for row in rows]
+    asked = write_rows(folder / "asked.jsonl", both[:4])
+    more = [row | {"question": f"{row['question']} {i}"} for i in range(3) for row in both]
+    train = write_rows(folder / "train.jsonl", more)
+    return {"train": train, "validation" if name == "nq_open" else "test": asked}
+
+
+@pytest.mark.parametrize(
+    ("name", "shots"), [("nq_open", 0), ("nq_open", 3), ("webqs", 0), ("gsm8k", 3)]
+)
+def test_shipped_tasks_ask_and_score_as_the_official_ones_on_the_same_rows(
+    tuned: PeftModel, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path, name: str, shots: int
+) -> None:
+    files = rows_of(tmp_path, name)
     report = forgetless.evaluate(
         tuned,
         tiny_tokenizer,
-        lm_eval=[{"task": task, "data_files": splits, "num_fewshot": shots}],
+        lm_eval={
+            "tasks": [{"task": f"{name}_local", "data_files": files, "num_fewshot": shots}],
+            "samples": 4,
+        },
     )
     item = report.items[0]
+    path = official_task(tmp_path / "official", name, files)
     with tuned.disable_adapter():
-        theirs = by_harness(
-            tuned, tiny_tokenizer, str(tmp_path / "official.yaml"), SHIPPED, num_fewshot=shots
-        )
+        theirs = by_harness(tuned, tiny_tokenizer, str(path), SHIPPED, num_fewshot=shots)
     for key, value in theirs["results"][name].items():
         metric, _, chosen = key.partition(",")
         if not chosen or metric.endswith("_stderr"):
@@ -185,31 +201,82 @@ def test_shipped_tasks_score_as_the_official_ones_on_the_same_rows(
     assert item.lm_eval.num_fewshot == shots
 
 
-def test_a_right_answer_is_seen_by_the_shipped_tasks(tmp_path: Path) -> None:
-    """On answers of the kind that models give; a tiny model gives none that are right."""
-    data = write_rows(tmp_path / "rows.jsonl", SUMS)
-    from forgetless.evaluation.lm_eval.spec import LmEvalRecipe
-    from forgetless.evaluation.lm_eval.tasks import open_tasks
+def asked(task: Any) -> list[list[Any]]:
+    """Arguments of the model, by row, with the harness's own seed."""
+    task.set_fewshot_seed(seed=1234)
+    task.build_all_requests(rank=0, world_size=1)
+    rows: dict[int, list[Any]] = {}
+    for request in task.instances:
+        rows.setdefault(request.doc_id, []).append(request.arguments)
+    return [rows[i] for i in sorted(rows)]
 
-    settings = LmEvalRecipe.model_validate(
-        {"tasks": [{"task": "gsm8k_local", "data_files": data, "num_fewshot": 0}]}
-    )
-    task = open_tasks(settings)[0].parts[0]
-    cases = {
-        "One and one.\n#### 2": (1.0, 1.0),
-        "One and one.\n#### 3": (0.0, 0.0),
-        "It is $2.": (0.0, 1.0),
-        "#### 2 apples, of 30": (1.0, 0.0),
-    }
-    for answer, expected in cases.items():
-        found = []
-        for chosen in task._filters:  # lm-eval has no public way to one answer
-            request = task.construct_requests(SUMS[0], "", metadata=("gsm8k_local", 0, 1))
+
+def scored(task: Any, row: int, answers: list[Any]) -> list[float]:
+    """What each filter makes of canned answers of a model."""
+    doc = task.eval_docs[row]
+    requests = [request for request in task.instances if request.doc_id == row]
+    found = []
+    for chosen in task._filters:  # lm-eval has no public way to one answer
+        for request, answer in zip(requests, answers, strict=True):
             request.resps = [answer]
-            chosen.apply([request])
-            kept = request.filtered_resps[chosen.name]
-            found.append(task.process_results(SUMS[0], [kept])["exact_match"])
-        assert tuple(map(float, found)) == expected
+        chosen.apply(requests)
+        kept = [request.filtered_resps[chosen.name] for request in requests]
+        found.append(float(task.process_results(doc, kept)["exact_match"]))
+    return found
+
+
+def both_tasks(folder: Path, name: str, shots: int) -> tuple[Any, Any]:
+    files = rows_of(folder, name)
+    path = official_task(folder / "official", name, files)
+    manager = TaskManager(include_path=str(SHIPPED), include_defaults=False)
+    official = manager.load([str(path)])["tasks"][name]
+    official.set_config(key="num_fewshot", value=shots)
+    settings = LmEvalRecipe.model_validate(
+        {"tasks": [{"task": f"{name}_local", "data_files": files, "num_fewshot": shots}]}
+    )
+    return official, open_tasks(settings)[0].parts[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "shots"),
+    # The official webqs takes no examples: it has numbers for their answers.
+    [("webqs", 0), *((name, shots) for name in ("nq_open", "gsm8k") for shots in (0, 1, 2, 5))],
+)
+def test_shipped_tasks_put_the_official_prompts(tmp_path: Path, name: str, shots: int) -> None:
+    official, ours = both_tasks(tmp_path, name, shots)
+    assert asked(ours) == asked(official)
+    assert len(asked(ours)) == (3 if name == "gsm8k" else 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "answers", "expected"),
+    [
+        ("nq_open", 0, [" the dog"], [1.0]),
+        ("nq_open", 0, [" A Dog"], [1.0]),
+        ("nq_open", 0, ["cat"], [0.0]),
+        ("nq_open", 2, ["Paris, France"], [1.0]),
+        ("nq_open", 3, ["12"], [1.0]),
+        ("nq_open", 3, ["13"], [0.0]),
+        # "Paris" stands for "Paris, France", "12" for "12 apples".
+        ("webqs", 2, [(-1.0, True)], [1.0]),
+        ("webqs", 2, [(-1.0, False)], [0.0]),
+        ("webqs", 3, [(-1.0, True)], [1.0]),
+        ("webqs", 0, [(-1.0, False), (-2.0, True)], [1.0]),
+        ("webqs", 0, [(-1.0, False), (-2.0, False)], [0.0]),
+        ("gsm8k", 0, ["They are 2.\n#### 2"], [1.0, 1.0]),
+        ("gsm8k", 0, ["They are 2.\n#### 3"], [0.0, 0.0]),
+        ("gsm8k", 0, ["It is $2."], [0.0, 1.0]),
+        ("gsm8k", 0, ["#### 2 apples, of 30"], [1.0, 0.0]),
+    ],
+)
+def test_shipped_tasks_tell_right_from_wrong_as_the_official_ones(
+    tmp_path: Path, name: str, row: int, answers: list[Any], expected: list[float]
+) -> None:
+    """On answers of the kind that models give; a tiny model gives none that are right."""
+    official, ours = both_tasks(tmp_path, name, 0)
+    asked(official)
+    asked(ours)
+    assert scored(ours, row, answers) == scored(official, row, answers) == expected
 
 
 def test_base_is_the_bare_base_and_tuned_is_the_merged_model(
@@ -617,5 +684,5 @@ def test_more_examples_than_rows_are_one_line(
 ) -> None:
     data = write_rows(tmp_path / "sums.jsonl", SUMS)
     task = {"task": "gsm8k_local", "data_files": {"train": data, "test": data}}
-    with pytest.raises(RecipeError, match="more than 5 rows to draw examples from, got 3"):
+    with pytest.raises(RecipeError, match="at least 5 rows to draw 5 examples from, got 3"):
         forgetless.evaluate(tuned, tiny_tokenizer, lm_eval=[task])

@@ -155,15 +155,19 @@ def _open(manager: TaskManager, wanted: LmEvalTask) -> list[OpenTask]:
 
 
 def _check_examples(part: Any) -> None:
-    """lm-eval draws one row more than it shows, in case one is the question itself."""
+    """Refuse more examples than there are rows to draw them from."""
+    from lm_eval.api.task import ConfigurableTask
+
     shots = part.get_config("num_fewshot")
-    if not shots or not part.get_config("fewshot_split"):
+    if not shots or not isinstance(part, ConfigurableTask):
         return
-    rows = len(part.fewshot_docs())
-    if rows <= shots:
+    # One more is drawn where the question can be among them, which lm-eval sees by the split.
+    drawn = shots + (part.fewshot_cfg.split == part.config.test_split)
+    rows = len(part.fewshot_docs() or ())
+    if rows < drawn:
         raise RecipeError(
-            f"lm_eval task {part.task_name}: expected more than {shots} rows to draw examples "
-            f"from, got {rows}; lower num_fewshot, or add rows"
+            f"lm_eval task {part.task_name}: expected at least {drawn} rows to draw {shots} "
+            f"examples from, got {rows}; lower num_fewshot, or add rows"
         )
 
 
@@ -210,7 +214,7 @@ def _with_files(manager: TaskManager, wanted: LmEvalTask, folder: Path) -> str:
             )
     shots = wanted.num_fewshot
     shots = (config.get("num_fewshot") or 0) if shots is None else shots
-    source = str(config.get("fewshot_split") or asked)
+    source = _examples_from(config, asked)
     changes: dict[str, Any] = {
         "include": str(entry.yaml_path.resolve()),
         "dataset_kwargs": {
@@ -228,6 +232,20 @@ def _with_files(manager: TaskManager, wanted: LmEvalTask, folder: Path) -> str:
     path = folder / "task.yaml"
     path.write_text(yaml.safe_dump(changes), encoding="utf-8")
     return str(path)
+
+
+def _examples_from(config: Mapping[str, Any], asked: str) -> str:
+    """The split that lm-eval draws examples from."""
+    own = config.get("fewshot_config") or {}
+    if own.get("samples"):
+        return asked
+    return str(
+        own.get("split")
+        or config.get("fewshot_split")
+        or config.get("training_split")
+        or config.get("validation_split")
+        or asked
+    )
 
 
 def _files(
