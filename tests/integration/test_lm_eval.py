@@ -423,6 +423,96 @@ def test_base_comes_from_the_cache_and_other_settings_do_not(
     assert "which: lm-eval on the base" in measure()[1]
 
 
+def base_of_task(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, cache: Path | None, lm_eval: Any,
+    **options: Any,
+) -> Any:  # fmt: skip
+    """The base's side of the one item."""
+    report = forgetless.evaluate(model, tokenizer, lm_eval=lm_eval, base_cache=cache, **options)
+    item = report.items[0]
+    return {name: v.base for name, v in item.row_values.items()}, [s.base for s in item.samples]
+
+
+def test_another_tokenizer_is_another_base(
+    tuned: PeftModel, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    from tokenizers import normalizers
+
+    task = {
+        "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{q}}",
+        "doc_to_choice": None, "metric_list": [{"metric": "bits_per_byte"}],
+    }  # fmt: skip
+    folder = write_task(tmp_path / "t", write_rows(tmp_path / "c.jsonl", CHOICES), **task)
+    settings = {"tasks": ["which"], "include_path": folder}
+
+    def bits(tokenizer: PreTrainedTokenizerBase, cache: Path | None) -> float:
+        report = forgetless.evaluate(tuned, tokenizer, lm_eval=settings, base_cache=cache)
+        base = report.items[0].metrics["bits_per_byte"].base
+        assert base is not None
+        return base.mean
+
+    first = bits(tiny_tokenizer, tmp_path / "cache")
+    other = copy.deepcopy(tiny_tokenizer)
+    other.backend_tokenizer.normalizer = normalizers.Lowercase()
+    found = bits(other, tmp_path / "cache")
+    assert found == bits(other, None)
+    assert found != first
+
+
+def test_other_generation_settings_are_another_base(
+    tuned: PeftModel, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    data = write_rows(tmp_path / "facts.jsonl", FACTS)
+    settings = {"tasks": [{"task": "nq_open_local", "data_files": data}], "samples": 5}
+    first = base_of_task(tuned, tiny_tokenizer, tmp_path / "cache", settings)
+    config = tuned.get_base_model().generation_config
+    config.repetition_penalty = 3.0
+    found = base_of_task(tuned, tiny_tokenizer, tmp_path / "cache", settings)
+    assert found == base_of_task(tuned, tiny_tokenizer, None, settings)
+    assert found != first
+    assert tuned.get_base_model().generation_config is config  # others may hold it
+
+
+def test_the_base_is_computed_again_where_functions_of_the_user_s_score(
+    tuned: PeftModel, tiny_tokenizer: PreTrainedTokenizerBase, choices: Path, tmp_path: Path
+) -> None:
+    write_task(choices, tmp_path / "choices.jsonl", process_results="FUNCTION")
+    path = choices / "which.yaml"
+    path.write_text(path.read_text().replace('"FUNCTION"', "!function helper.score"))
+    settings = {"tasks": ["which"], "include_path": choices}
+    found = []
+    for value in ("0.0", "1.0    "):  # of another size: the import system looks at it
+        (choices / "helper.py").write_text(
+            f"def figure():\n    return {value}\n\n"
+            "def score(doc, results):\n    return {'acc': figure(), 'acc_norm': figure()}\n"
+        )
+        values, _ = base_of_task(
+            tuned, tiny_tokenizer, tmp_path / "cache", settings, allow_task_code=True
+        )
+        found.append(set(values["acc"]))
+    assert found == [{0.0}, {1.0}]
+
+
+@pytest.mark.parametrize("metric", ["brier_score", "mcc"])
+def test_a_metric_of_classes_and_likelihoods_is_the_harness_s(
+    tuned: PeftModel, tiny_tokenizer: PreTrainedTokenizerBase, choices: Path, tmp_path: Path,
+    metric: str,
+) -> None:  # fmt: skip
+    write_task(choices, tmp_path / "choices.jsonl", metric_list=[{"metric": metric}])
+    found = [
+        forgetless.evaluate(
+            tuned,
+            tiny_tokenizer,
+            lm_eval={"tasks": ["which"], "include_path": choices},
+            base_cache=tmp_path / "cache",
+        ).items[0].metrics[metric]
+        for _ in range(2)
+    ]  # fmt: skip
+    assert found[0] == found[1]  # from the cache
+    theirs = by_harness(tuned, tiny_tokenizer, "which", choices)["results"]["which"]
+    assert found[0].tuned.mean == pytest.approx(theirs[f"{metric},none"])
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [

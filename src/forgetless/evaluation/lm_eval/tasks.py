@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from datasets.exceptions import DatasetsError
-from jinja2 import TemplateError
 
 from forgetless.errors import RecipeError
 from forgetless.evaluation.lm_eval.code import (
@@ -25,6 +23,7 @@ from forgetless.evaluation.lm_eval.code import (
     sandboxed_templates,
 )
 from forgetless.evaluation.lm_eval.spec import LmEvalRecipe, LmEvalTask
+from forgetless.evaluation.lm_eval.told import told
 from forgetless.models.state import random_state_kept
 
 if TYPE_CHECKING:
@@ -131,7 +130,7 @@ def _manager(local: TaskManager, folders: Sequence[Path], name: str) -> TaskMana
 def _open(manager: TaskManager, wanted: LmEvalTask) -> list[OpenTask]:
     for name in _leaves(manager, wanted.task):
         refuse_running_answers(name, manager.task_index[name].cfg or {})
-    with _told(wanted.task):
+    with told(wanted.task):
         with tempfile.TemporaryDirectory() as folder:
             spec = _with_files(manager, wanted, Path(folder))
             loaded = manager.load([spec])
@@ -264,34 +263,6 @@ def _files(
             f"{', '.join(given) or 'none'}; write `data_files: {{{asked}: your.jsonl}}`"
         )
     return dict(given)
-
-
-@contextlib.contextmanager
-def _told(name: str) -> Iterator[None]:
-    """One line instead of a traceback where a task cannot be loaded."""
-    try:
-        yield
-    except RecipeError:
-        raise
-    except (ConnectionError, FileNotFoundError) as error:
-        raise RecipeError(
-            f"lm_eval: expected the data of {name}, got: {_first_line(error)}; it needs the hub "
-            "once, or use a task that reads local files (docs/lm-eval.md)"
-        ) from error
-    except (DatasetsError, OSError, ImportError, TemplateError) as error:
-        raise RecipeError(
-            f"lm_eval: expected a task that loads, got for {name}: {_first_line(error)}; check its "
-            "file and its data"
-        ) from error
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise RecipeError(
-            f"lm_eval: expected a task that loads, got for {name}: {type(error).__name__}: "
-            f"{_first_line(error)}; check its file and the columns of its data"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def task_files(settings: LmEvalRecipe | None) -> Sequence[Path]:
