@@ -663,6 +663,162 @@ def test_what_cannot_run_is_one_line(
     assert "\n" not in str(failure.value)
 
 
+@pytest.mark.parametrize(
+    ("task", "rows", "words"),
+    [
+        ("nq_open_local", [{"question": "q", "answers": ["x"]}], r"row 1: expected `answer` as a"),
+        ("nq_open_local", [{"question": "q"}], r"row 1: expected `answer`.*got none"),
+        ("nq_open_local", FACTS + [{"question": "q", "answer": []}], r"row 8: expected `answer`"),
+        ("nq_open_local", [{"question": "q", "answer": [1, 2]}], r"row 1: .*got \[1, 2\]"),
+        ("nq_open_local", [{"question": 3, "answer": ["x"]}], "row 1: expected `question` as text"),
+        ("webqs_local", [{"question": "q", "answer": "Paris"}], r"row 1: .*got 'Paris'"),
+        ("webqs_local", [{"question": "q", "answer": []}], "row 1|its data"),
+        ("gsm8k_local", [{"question": "q", "answer": ["3"]}], "row 1: expected `answer` as text"),
+        ("gsm8k_local", [], r"gsm8k_local.*rows\.jsonl"),
+        ("nq_open_local", [], r"nq_open_local.*rows\.jsonl"),
+    ],
+)
+def test_rows_that_a_shipped_task_cannot_read_are_named(
+    tuned: PeftModel, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path,
+    task: str, rows: list[dict[str, Any]], words: str, capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(RecipeError, match=words) as failure:
+        forgetless.evaluate(
+            tuned, tiny_tokenizer, lm_eval=[{"task": task, "data_files": data, "num_fewshot": 0}]
+        )
+    assert "\n" not in str(failure.value)
+    assert str(data) in str(failure.value)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("content", ["{not json\n", '{"a": 1}\n{"a": \n', "question,answer\nq,1\n"])
+def test_data_that_are_no_json_are_named_with_what_is_wrong(
+    tuned: PeftModel, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path, content: str,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    data = tmp_path / "rows.jsonl"
+    data.write_text(content)
+    with pytest.raises(RecipeError, match=r"JSON parse error.*rows\.jsonl") as failure:
+        forgetless.evaluate(
+            tuned,
+            tiny_tokenizer,
+            lm_eval=[{"task": "gsm8k_local", "data_files": data, "num_fewshot": 0}],
+        )
+    assert "\n" not in str(failure.value)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"dataset_path": "script.py"}, "which"),
+        ({"task": 3}, "the tasks in"),
+        ({"use_prompt": "prompts.yaml:a"}, r"a file for which, got prompts\.yaml"),
+        ({"doc_to_text": "{{nothing.here}}"}, "which"),
+        ({"filter_list": [{"name": "a", "filter": [{"function": "nope"}]}]}, "which"),
+        # It fails on the rows, not as the task is loaded.
+        ({"doc_to_choice": "{{[q, gold, gold][: gold + 1]}}"}, "which"),
+    ],
+)
+def test_a_task_that_does_not_work_is_one_line(
+    tuned: PeftModel, tiny_tokenizer: PreTrainedTokenizerBase, choices: Path,
+    changes: dict[str, Any], words: str,
+) -> None:  # fmt: skip
+    write_task(choices, choices.parent / "choices.jsonl", **changes)
+    with pytest.raises(RecipeError, match=words) as failure:
+        forgetless.evaluate(
+            tuned, tiny_tokenizer, lm_eval={"tasks": ["which"], "include_path": choices}
+        )
+    assert "\n" not in str(failure.value)
+
+
+def test_a_group_that_holds_itself_is_one_line(
+    tuned: PeftModel, tiny_tokenizer: PreTrainedTokenizerBase, choices: Path
+) -> None:
+    (choices / "group.yaml").write_text("group: all\ntask: [which, all]\n")
+    with pytest.raises(RecipeError, match="got all, which holds itself"):
+        forgetless.evaluate(
+            tuned, tiny_tokenizer, lm_eval={"tasks": ["all"], "include_path": choices}
+        )
+
+
+def test_a_group_is_one_item_only_where_its_metrics_are_means(
+    tuned: PeftModel, tiny_tokenizer: PreTrainedTokenizerBase, choices: Path
+) -> None:
+    data = choices.parent / "choices.jsonl"
+    other = write_rows(choices.parent / "other.jsonl", CHOICES[:3])
+    group = {
+        "group": "both",
+        "task": ["which", "more"],
+        "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
+    }
+    (choices / "group.yaml").write_text(json.dumps(group))
+
+    def names(metrics: list[str], **entry: Any) -> list[tuple[str, int]]:
+        listed = [{"metric": metric} for metric in metrics]
+        write_task(choices, data, metric_list=listed)
+        write_task(choices, other, "more", metric_list=listed, doc_to_text="So {{q}}")
+        report = forgetless.evaluate(
+            tuned,
+            tiny_tokenizer,
+            lm_eval={"tasks": [{"task": "both", **entry}], "include_path": choices},
+        )
+        return [(item.name, item.rows) for item in report.items]
+
+    assert names(["acc"]) == [("both", 10)]
+    assert names(["acc"], name="mine") == [("mine", 10)]
+    assert names(["acc", "mcc"]) == [("which", 7), ("more", 3)]
+    assert names(["acc", "mcc"], name="mine") == [("mine: which", 7), ("mine: more", 3)]
+
+
+def test_names_that_come_of_a_tag_are_told_apart(
+    tuned: PeftModel, tiny_tokenizer: PreTrainedTokenizerBase, choices: Path
+) -> None:
+    data = choices.parent / "choices.jsonl"
+    write_task(choices, data, tag=["some"], metadata={})
+    write_task(choices, data, "more", tag=["some"])
+    text = write_rows(choices.parent / "text.jsonl", [{"text": "The quick brown fox"}])
+
+    def names(tasks: list[Any], **options: Any) -> list[str]:
+        report = forgetless.evaluate(
+            tuned, tiny_tokenizer, lm_eval={"tasks": tasks, "include_path": choices}, **options
+        )
+        assert "version Yaml" not in str(next(i.lm_eval for i in report.items if i.lm_eval))
+        return [item.name for item in report.items]
+
+    with pytest.raises(RecipeError, match="got 'which' twice"):
+        names(["some", "which"])
+    with pytest.raises(RecipeError, match="got 'which' twice"):
+        names(["some"], retention=[{"name": "which", "path": str(text)}])
+    twice = [{"task": "some", "name": "a"}, {"task": "some", "name": "b", "limit": 2}]
+    assert sorted(names(twice)) == ["a: more", "a: which", "b: more", "b: which"]
+
+
+def test_all_files_that_figures_depend_on_are_known(
+    choices: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from forgetless.evaluation.lm_eval.files import task_files
+
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "nq_open_dev.jsonl", FACTS)
+    (tmp_path / "outside.yaml").write_text("include: further\ndoc_to_text: !function helper.text\n")
+    (tmp_path / "further").write_text("dataset_kwargs: {data_files: {test: f*.jsonl}}\n")
+    write_rows(tmp_path / "facts.jsonl", FACTS)
+    (choices / "more.yaml").write_text(f"include: [../outside.yaml, {OFFICIAL}/webqs/webqs.yaml]\n")
+    settings = LmEvalRecipe.model_validate(
+        {"tasks": ["which", "nq_open_local", "triviaqa"], "include_path": choices}
+    )
+    assert {path.resolve() for path in task_files(settings)} == {
+        choices,
+        tmp_path / "choices.jsonl",
+        tmp_path / "nq_open_dev.jsonl",
+        tmp_path / "outside.yaml",
+        tmp_path / "further",
+        tmp_path / "facts.jsonl",
+    }
+
+
 def test_examples_need_the_file_that_they_come_from(
     tuned: PeftModel, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
