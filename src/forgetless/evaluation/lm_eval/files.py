@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from datasets import load_dataset
 
 from forgetless.errors import RecipeError
 from forgetless.evaluation.lm_eval.spec import LmEvalRecipe, LmEvalTask
@@ -72,9 +73,7 @@ def with_files(
     source = _examples_from(config, asked)
     changes: dict[str, Any] = {
         "include": str(entry.yaml_path.resolve()),
-        "dataset_kwargs": {
-            "data_files": {split: str(p.expanduser().resolve()) for split, p in files.items()}
-        },
+        "dataset_kwargs": {"data_files": _texts_of(files)},
     }
     changes |= {key: None for key in _SPLITS if config.get(key) and config[key] not in files}
     if source not in files:
@@ -121,19 +120,21 @@ def _files(
     return dict(given)
 
 
-def check_rows(part: Any, files: Mapping[str, Path]) -> None:
+def check_rows(name: str, files: Mapping[str, Path]) -> None:
     """Refuse rows that a shipped task would score without a word although it cannot read them.
 
     Args:
-        part: The task, with its data.
+        name: The task's.
         files: By split.
 
     Raises:
         RecipeError: The file, the row, and what was expected.
     """
-    text = part.task_name in _ANSWER_IS_TEXT
+    text = name in _ANSWER_IS_TEXT
+    # As lm-eval reads them; its own reading takes what is made here.
+    dataset = load_dataset("json", data_files=_texts_of(files))
     for split, path in files.items():
-        for number, row in enumerate(part.dataset[split], start=1):
+        for number, row in enumerate(dataset[split], start=1):
             question, answer = row.get("question"), row.get("answer")
             if not isinstance(question, str):
                 _refuse_row(path, number, "`question` as text", question)
@@ -142,6 +143,10 @@ def check_rows(part: Any, files: Mapping[str, Path]) -> None:
             listed = isinstance(answer, list) and all(isinstance(a, str) and a for a in answer)
             if not text and not (listed and answer):
                 _refuse_row(path, number, "`answer` as a list of accepted texts", answer)
+
+
+def _texts_of(files: Mapping[str, Path]) -> dict[str, str]:
+    return {split: str(path.expanduser().resolve()) for split, path in files.items()}
 
 
 def _refuse_row(path: Path, number: int, expected: str, found: object) -> None:

@@ -137,6 +137,8 @@ def _open(manager: TaskManager, wanted: LmEvalTask) -> list[OpenTask]:
     with tempfile.TemporaryDirectory() as folder:
         spec, files = with_files(manager, wanted, Path(folder))
         with told(wanted.task, list(files.values())):
+            if is_shipped(manager, wanted.task):
+                check_rows(wanted.task, files)
             loaded = manager.load([spec])
     parts = list(loaded["tasks"].values())
     with told(wanted.task, list(files.values())):
@@ -148,8 +150,6 @@ def _open(manager: TaskManager, wanted: LmEvalTask) -> list[OpenTask]:
             elif part.get_config("num_fewshot") is None:
                 part.set_config(key="num_fewshot", value=0)
             _check_examples(part)
-            if is_shipped(manager, wanted.task):
-                check_rows(part, files)
     group = loaded.get("groups", {}).get(wanted.task)
     if group is None and len(parts) == 1:
         return [OpenTask(wanted, wanted.label, _version(parts[0]), tuple(parts))]
