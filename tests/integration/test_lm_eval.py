@@ -401,12 +401,16 @@ def test_options_reach_the_harness_and_the_record(
 def test_base_comes_from_the_cache_and_other_settings_do_not(
     tuned: PeftModel, tiny_tokenizer: PreTrainedTokenizerBase, choices: Path, tmp_path: Path
 ) -> None:
-    def measure(limit: int | None = None) -> tuple[Any, list[str]]:
+    def measure(limit: int | None = None, batch_size: int = 8) -> tuple[Any, list[str]]:
         stages: list[str] = []
         report = forgetless.evaluate(
             tuned,
             tiny_tokenizer,
-            lm_eval={"tasks": [{"task": "which", "limit": limit}], "include_path": choices},
+            lm_eval={
+                "tasks": [{"task": "which", "limit": limit}],
+                "include_path": choices,
+                "batch_size": batch_size,
+            },
             base_cache=tmp_path / "cache",
             progress=lambda stage, done, total: stages.append(stage),
         )
@@ -418,6 +422,7 @@ def test_base_comes_from_the_cache_and_other_settings_do_not(
     assert again == first
     assert "which: lm-eval on the base" not in stages
     assert "which: lm-eval on the base" in measure(limit=3)[1]
+    assert "which: lm-eval on the base" in measure(batch_size=3)[1]  # padded otherwise
     # Another template is another task, whatever its name.
     write_task(choices, tmp_path / "choices.jsonl", doc_to_text="So {{q}}")
     assert "which: lm-eval on the base" in measure()[1]
@@ -718,7 +723,10 @@ def test_data_that_are_no_json_are_named_with_what_is_wrong(
         ({"doc_to_text": "{{nothing.here}}"}, "which"),
         ({"filter_list": [{"name": "a", "filter": [{"function": "nope"}]}]}, "which"),
         # It fails on the rows, not as the task is loaded.
-        ({"doc_to_choice": "{{[q, gold, gold][: gold + 1]}}"}, "which"),
+        (
+            {"doc_to_choice": "{{['brown', 'dog'] if 'fox' in q else 3}}"},
+            "fits its rows, got for which",
+        ),
     ],
 )
 def test_a_task_that_does_not_work_is_one_line(
@@ -767,8 +775,6 @@ def test_a_group_is_one_item_only_where_its_metrics_are_means(
         return [(item.name, item.rows) for item in report.items]
 
     assert names(["acc"]) == [("both", 10)]
-    assert names(["acc"], name="mine") == [("mine", 10)]
-    assert names(["acc", "mcc"]) == [("which", 7), ("more", 3)]
     assert names(["acc", "mcc"], name="mine") == [("mine: which", 7), ("mine: more", 3)]
 
 
@@ -787,8 +793,6 @@ def test_names_that_come_of_a_tag_are_told_apart(
         assert "version Yaml" not in str(next(i.lm_eval for i in report.items if i.lm_eval))
         return [item.name for item in report.items]
 
-    with pytest.raises(RecipeError, match="got 'which' twice"):
-        names(["some", "which"])
     with pytest.raises(RecipeError, match="got 'which' twice"):
         names(["some"], retention=[{"name": "which", "path": str(text)}])
     twice = [{"task": "some", "name": "a"}, {"task": "some", "name": "b", "limit": 2}]

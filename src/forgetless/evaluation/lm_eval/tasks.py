@@ -123,6 +123,9 @@ def _manager(local: TaskManager, folders: Sequence[Path], name: str) -> TaskMana
     if name in local.all_subtasks:
         return local
     if name in local.task_index:
+        members = (local.task_index[name].cfg or {}).get("task")
+        if isinstance(members, list) and all(m in local.all_subtasks for m in members):
+            return local
         return TaskManager(include_path=list(folders))
     if name in _defaults().task_index:
         return _defaults()
