@@ -23,7 +23,8 @@ lm_eval = pytest.importorskip("lm_eval", reason="the extra lm-eval is not instal
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from forgetless.evaluation.lm_eval.tasks import SHIPPED  # noqa: E402
+from forgetless.evaluation.lm_eval.spec import LmEvalRecipe  # noqa: E402
+from forgetless.evaluation.lm_eval.tasks import SHIPPED, open_tasks  # noqa: E402
 
 OFFICIAL = Path(lm_eval.__file__).parent / "tasks"
 FACTS = [
@@ -145,33 +146,48 @@ def test_choices_are_those_of_an_own_log_likelihood(
     assert values.base != values.tuned  # the adapter must show
 
 
-@pytest.mark.parametrize("task", ["nq_open_local", "webqs_local", "gsm8k_local"])
-def test_shipped_tasks_score_as_the_official_ones_on_the_same_rows(
-    tuned: PeftModel, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path, task: str
-) -> None:
-    name = task.removesuffix("_local")
-    rows = SUMS if name == "gsm8k" else FACTS[:4]
-    # The official one reads `answers` of WebQuestions.
-    data = write_rows(tmp_path / "rows.jsonl", [row | {"answers": row["answer"]} for row in rows])
-    splits = {"train": data, "validation" if name == "nq_open" else "test": data}
-    official = {
+def official_task(folder: Path, name: str, files: dict[str, Path]) -> Path:
+    """The task as lm-eval installs it, on local rows."""
+    folder.mkdir(exist_ok=True)
+    task = {
         "include": str(OFFICIAL / name / f"{name}.yaml"),
         "dataset_path": "json",
         "dataset_name": None,
-        "dataset_kwargs": {"data_files": {split: str(path) for split, path in splits.items()}},
+        "dataset_kwargs": {"data_files": {split: str(path) for split, path in files.items()}},
     }
-    (tmp_path / "official.yaml").write_text(json.dumps(official))
-    shots = 2 if name != "webqs" else 0  # two examples are more than the official webqs can
+    (folder / f"{name}.yaml").write_text(json.dumps(task))
+    return folder / f"{name}.yaml"
+
+
+def rows_of(folder: Path, name: str) -> dict[str, Path]:
+    """Rows to ask and more rows for examples than are shown; the official webqs reads `answers`."""
+    rows = SUMS if name == "gsm8k" else FACTS
+    both = [row | {"answers": list(row["answer"])} for row in rows]
+    asked = write_rows(folder / "asked.jsonl", both[:4])
+    more = [row | {"question": f"{row['question']} {i}"} for i in range(3) for row in both]
+    train = write_rows(folder / "train.jsonl", more)
+    return {"train": train, "validation" if name == "nq_open" else "test": asked}
+
+
+@pytest.mark.parametrize(
+    ("name", "shots"), [("nq_open", 0), ("nq_open", 3), ("webqs", 0), ("gsm8k", 3)]
+)
+def test_shipped_tasks_ask_and_score_as_the_official_ones_on_the_same_rows(
+    tuned: PeftModel, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path, name: str, shots: int
+) -> None:
+    files = rows_of(tmp_path, name)
     report = forgetless.evaluate(
         tuned,
         tiny_tokenizer,
-        lm_eval=[{"task": task, "data_files": splits, "num_fewshot": shots}],
+        lm_eval={
+            "tasks": [{"task": f"{name}_local", "data_files": files, "num_fewshot": shots}],
+            "samples": 4,
+        },
     )
     item = report.items[0]
+    path = official_task(tmp_path / "official", name, files)
     with tuned.disable_adapter():
-        theirs = by_harness(
-            tuned, tiny_tokenizer, str(tmp_path / "official.yaml"), SHIPPED, num_fewshot=shots
-        )
+        theirs = by_harness(tuned, tiny_tokenizer, str(path), SHIPPED, num_fewshot=shots)
     for key, value in theirs["results"][name].items():
         metric, _, chosen = key.partition(",")
         if not chosen or metric.endswith("_stderr"):
@@ -185,31 +201,82 @@ def test_shipped_tasks_score_as_the_official_ones_on_the_same_rows(
     assert item.lm_eval.num_fewshot == shots
 
 
-def test_a_right_answer_is_seen_by_the_shipped_tasks(tmp_path: Path) -> None:
-    """On answers of the kind that models give; a tiny model gives none that are right."""
-    data = write_rows(tmp_path / "rows.jsonl", SUMS)
-    from forgetless.evaluation.lm_eval.spec import LmEvalRecipe
-    from forgetless.evaluation.lm_eval.tasks import open_tasks
+def asked(task: Any) -> list[list[Any]]:
+    """Arguments of the model, by row, with the harness's own seed."""
+    task.set_fewshot_seed(seed=1234)
+    task.build_all_requests(rank=0, world_size=1)
+    rows: dict[int, list[Any]] = {}
+    for request in task.instances:
+        rows.setdefault(request.doc_id, []).append(request.arguments)
+    return [rows[i] for i in sorted(rows)]
 
-    settings = LmEvalRecipe.model_validate(
-        {"tasks": [{"task": "gsm8k_local", "data_files": data, "num_fewshot": 0}]}
-    )
-    task = open_tasks(settings)[0].parts[0]
-    cases = {
-        "One and one.\n#### 2": (1.0, 1.0),
-        "One and one.\n#### 3": (0.0, 0.0),
-        "It is $2.": (0.0, 1.0),
-        "#### 2 apples, of 30": (1.0, 0.0),
-    }
-    for answer, expected in cases.items():
-        found = []
-        for chosen in task._filters:  # lm-eval has no public way to one answer
-            request = task.construct_requests(SUMS[0], "", metadata=("gsm8k_local", 0, 1))
+
+def scored(task: Any, row: int, answers: list[Any]) -> list[float]:
+    """What each filter makes of canned answers of a model."""
+    doc = task.eval_docs[row]
+    requests = [request for request in task.instances if request.doc_id == row]
+    found = []
+    for chosen in task._filters:  # lm-eval has no public way to one answer
+        for request, answer in zip(requests, answers, strict=True):
             request.resps = [answer]
-            chosen.apply([request])
-            kept = request.filtered_resps[chosen.name]
-            found.append(task.process_results(SUMS[0], [kept])["exact_match"])
-        assert tuple(map(float, found)) == expected
+        chosen.apply(requests)
+        kept = [request.filtered_resps[chosen.name] for request in requests]
+        found.append(float(task.process_results(doc, kept)["exact_match"]))
+    return found
+
+
+def both_tasks(folder: Path, name: str, shots: int) -> tuple[Any, Any]:
+    files = rows_of(folder, name)
+    path = official_task(folder / "official", name, files)
+    manager = TaskManager(include_path=str(SHIPPED), include_defaults=False)
+    official = manager.load([str(path)])["tasks"][name]
+    official.set_config(key="num_fewshot", value=shots)
+    settings = LmEvalRecipe.model_validate(
+        {"tasks": [{"task": f"{name}_local", "data_files": files, "num_fewshot": shots}]}
+    )
+    return official, open_tasks(settings)[0].parts[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "shots"),
+    # The official webqs takes no examples: it has numbers for their answers.
+    [("webqs", 0), *((name, shots) for name in ("nq_open", "gsm8k") for shots in (0, 1, 2, 5))],
+)
+def test_shipped_tasks_put_the_official_prompts(tmp_path: Path, name: str, shots: int) -> None:
+    official, ours = both_tasks(tmp_path, name, shots)
+    assert asked(ours) == asked(official)
+    assert len(asked(ours)) == (3 if name == "gsm8k" else 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "answers", "expected"),
+    [
+        ("nq_open", 0, [" the dog"], [1.0]),
+        ("nq_open", 0, [" A Dog"], [1.0]),
+        ("nq_open", 0, ["cat"], [0.0]),
+        ("nq_open", 2, ["Paris, France"], [1.0]),
+        ("nq_open", 3, ["12"], [1.0]),
+        ("nq_open", 3, ["13"], [0.0]),
+        # "Paris" stands for "Paris, France", "12" for "12 apples".
+        ("webqs", 2, [(-1.0, True)], [1.0]),
+        ("webqs", 2, [(-1.0, False)], [0.0]),
+        ("webqs", 3, [(-1.0, True)], [1.0]),
+        ("webqs", 0, [(-1.0, False), (-2.0, True)], [1.0]),
+        ("webqs", 0, [(-1.0, False), (-2.0, False)], [0.0]),
+        ("gsm8k", 0, ["They are 2.\n#### 2"], [1.0, 1.0]),
+        ("gsm8k", 0, ["They are 2.\n#### 3"], [0.0, 0.0]),
+        ("gsm8k", 0, ["It is $2."], [0.0, 1.0]),
+        ("gsm8k", 0, ["#### 2 apples, of 30"], [1.0, 0.0]),
+    ],
+)
+def test_shipped_tasks_tell_right_from_wrong_as_the_official_ones(
+    tmp_path: Path, name: str, row: int, answers: list[Any], expected: list[float]
+) -> None:
+    """On answers of the kind that models give; a tiny model gives none that are right."""
+    official, ours = both_tasks(tmp_path, name, 0)
+    asked(official)
+    asked(ours)
+    assert scored(ours, row, answers) == scored(official, row, answers) == expected
 
 
 def test_base_is_the_bare_base_and_tuned_is_the_merged_model(
@@ -334,12 +401,16 @@ def test_options_reach_the_harness_and_the_record(
 def test_base_comes_from_the_cache_and_other_settings_do_not(
     tuned: PeftModel, tiny_tokenizer: PreTrainedTokenizerBase, choices: Path, tmp_path: Path
 ) -> None:
-    def measure(limit: int | None = None) -> tuple[Any, list[str]]:
+    def measure(limit: int | None = None, batch_size: int = 8) -> tuple[Any, list[str]]:
         stages: list[str] = []
         report = forgetless.evaluate(
             tuned,
             tiny_tokenizer,
-            lm_eval={"tasks": [{"task": "which", "limit": limit}], "include_path": choices},
+            lm_eval={
+                "tasks": [{"task": "which", "limit": limit}],
+                "include_path": choices,
+                "batch_size": batch_size,
+            },
             base_cache=tmp_path / "cache",
             progress=lambda stage, done, total: stages.append(stage),
         )
@@ -351,9 +422,100 @@ def test_base_comes_from_the_cache_and_other_settings_do_not(
     assert again == first
     assert "which: lm-eval on the base" not in stages
     assert "which: lm-eval on the base" in measure(limit=3)[1]
+    assert "which: lm-eval on the base" in measure(batch_size=3)[1]  # padded otherwise
     # Another template is another task, whatever its name.
     write_task(choices, tmp_path / "choices.jsonl", doc_to_text="So {{q}}")
     assert "which: lm-eval on the base" in measure()[1]
+
+
+def base_of_task(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, cache: Path | None, lm_eval: Any,
+    **options: Any,
+) -> Any:  # fmt: skip
+    """The base's side of the one item."""
+    report = forgetless.evaluate(model, tokenizer, lm_eval=lm_eval, base_cache=cache, **options)
+    item = report.items[0]
+    return {name: v.base for name, v in item.row_values.items()}, [s.base for s in item.samples]
+
+
+def test_another_tokenizer_is_another_base(
+    tuned: PeftModel, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    from tokenizers import normalizers
+
+    task = {
+        "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{q}}",
+        "doc_to_choice": None, "metric_list": [{"metric": "bits_per_byte"}],
+    }  # fmt: skip
+    folder = write_task(tmp_path / "t", write_rows(tmp_path / "c.jsonl", CHOICES), **task)
+    settings = {"tasks": ["which"], "include_path": folder}
+
+    def bits(tokenizer: PreTrainedTokenizerBase, cache: Path | None) -> float:
+        report = forgetless.evaluate(tuned, tokenizer, lm_eval=settings, base_cache=cache)
+        base = report.items[0].metrics["bits_per_byte"].base
+        assert base is not None
+        return base.mean
+
+    first = bits(tiny_tokenizer, tmp_path / "cache")
+    other = copy.deepcopy(tiny_tokenizer)
+    other.backend_tokenizer.normalizer = normalizers.Lowercase()
+    found = bits(other, tmp_path / "cache")
+    assert found == bits(other, None)
+    assert found != first
+
+
+def test_other_generation_settings_are_another_base(
+    tuned: PeftModel, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    data = write_rows(tmp_path / "facts.jsonl", FACTS)
+    settings = {"tasks": [{"task": "nq_open_local", "data_files": data}], "samples": 5}
+    first = base_of_task(tuned, tiny_tokenizer, tmp_path / "cache", settings)
+    config = tuned.get_base_model().generation_config
+    config.repetition_penalty = 3.0
+    found = base_of_task(tuned, tiny_tokenizer, tmp_path / "cache", settings)
+    assert found == base_of_task(tuned, tiny_tokenizer, None, settings)
+    assert found != first
+    assert tuned.get_base_model().generation_config is config  # others may hold it
+
+
+def test_the_base_is_computed_again_where_functions_of_the_user_s_score(
+    tuned: PeftModel, tiny_tokenizer: PreTrainedTokenizerBase, choices: Path, tmp_path: Path
+) -> None:
+    write_task(choices, tmp_path / "choices.jsonl", process_results="FUNCTION")
+    path = choices / "which.yaml"
+    path.write_text(path.read_text().replace('"FUNCTION"', "!function helper.score"))
+    settings = {"tasks": ["which"], "include_path": choices}
+    found = []
+    for value in ("0.0", "1.0    "):  # of another size: the import system looks at it
+        (choices / "helper.py").write_text(
+            f"def figure():\n    return {value}\n\n"
+            "def score(doc, results):\n    return {'acc': figure(), 'acc_norm': figure()}\n"
+        )
+        values, _ = base_of_task(
+            tuned, tiny_tokenizer, tmp_path / "cache", settings, allow_task_code=True
+        )
+        found.append(set(values["acc"]))
+    assert found == [{0.0}, {1.0}]
+
+
+@pytest.mark.parametrize("metric", ["brier_score", "mcc"])
+def test_a_metric_of_classes_and_likelihoods_is_the_harness_s(
+    tuned: PeftModel, tiny_tokenizer: PreTrainedTokenizerBase, choices: Path, tmp_path: Path,
+    metric: str,
+) -> None:  # fmt: skip
+    write_task(choices, tmp_path / "choices.jsonl", metric_list=[{"metric": metric}])
+    found = [
+        forgetless.evaluate(
+            tuned,
+            tiny_tokenizer,
+            lm_eval={"tasks": ["which"], "include_path": choices},
+            base_cache=tmp_path / "cache",
+        ).items[0].metrics[metric]
+        for _ in range(2)
+    ]  # fmt: skip
+    assert found[0] == found[1]  # from the cache
+    theirs = by_harness(tuned, tiny_tokenizer, "which", choices)["results"]["which"]
+    assert found[0].tuned.mean == pytest.approx(theirs[f"{metric},none"])
 
 
 @pytest.mark.parametrize(
@@ -389,6 +551,41 @@ def test_a_folder_with_code_is_refused_by_file_and_flag(
     assert "--allow-task-code" in str(failure.value)
     assert "\n" not in str(failure.value)
     assert not (choices / "ran").exists()
+
+
+def test_a_linked_file_is_checked_with_what_it_includes_where_it_lies(
+    tuned: PeftModel, tiny_tokenizer: PreTrainedTokenizerBase, choices: Path
+) -> None:
+    elsewhere = choices.parent / "elsewhere"
+    elsewhere.mkdir()
+    ran = choices.parent / "ran"
+    (elsewhere / "helper.py").write_text(
+        f"open({str(ran)!r}, 'w').close()\ndef text(doc):\n    return doc['q']\n"
+    )
+    (elsewhere / "base").write_text("doc_to_text: !function helper.text\n")
+    (choices / "base").write_text("doc_to_text: '{{q}}'\n")
+    path = choices / "which.yaml"
+    task = json.loads(path.read_text()) | {"include": "base"}
+    del task["doc_to_text"]
+    (elsewhere / "task").write_text(json.dumps(task))
+    path.unlink()
+    path.symlink_to(elsewhere / "task")
+    with pytest.raises(RecipeError, match=r"elsewhere/base.*--allow-task-code"):
+        forgetless.evaluate(
+            tuned, tiny_tokenizer, lm_eval={"tasks": ["which"], "include_path": choices}
+        )
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("metrics", ["acc", ["acc"], [None], {"metric": "acc"}])
+def test_metrics_that_are_no_list_of_mappings_are_named(
+    tuned: PeftModel, tiny_tokenizer: PreTrainedTokenizerBase, choices: Path, metrics: Any
+) -> None:
+    write_task(choices, choices.parent / "choices.jsonl", metric_list=metrics)
+    with pytest.raises(RecipeError, match=r"which.*metric_list as a list of mappings"):
+        forgetless.evaluate(
+            tuned, tiny_tokenizer, lm_eval={"tasks": ["which"], "include_path": choices}
+        )
 
 
 def test_code_runs_where_it_is_allowed(
@@ -432,10 +629,11 @@ def test_tasks_that_execute_answers_are_off_with_the_flag_too(
         forgetless.evaluate(tuned, tiny_tokenizer, lm_eval=[name], allow_task_code=True)
 
 
+@pytest.mark.parametrize("mark", [True, 0, "no"])
 def test_own_tasks_that_execute_answers_are_off_with_the_flag_too(
-    tuned: PeftModel, tiny_tokenizer: PreTrainedTokenizerBase, choices: Path
+    tuned: PeftModel, tiny_tokenizer: PreTrainedTokenizerBase, choices: Path, mark: Any
 ) -> None:
-    write_task(choices, choices.parent / "choices.jsonl", unsafe_code=True)
+    write_task(choices, choices.parent / "choices.jsonl", unsafe_code=mark)
     with pytest.raises(RecipeError, match=r"got which.*executes"):
         forgetless.evaluate(
             tuned,
@@ -468,6 +666,161 @@ def test_what_cannot_run_is_one_line(
     with pytest.raises(ForgetlessError, match=words) as failure:
         forgetless.evaluate(tuned, tiny_tokenizer, lm_eval=tasks)
     assert "\n" not in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "words"),
+    [
+        ("nq_open_local", [{"question": "q", "answers": ["x"]}], r"row 1: expected `answer` as a"),
+        ("nq_open_local", [{"question": "q"}], r"row 1: expected `answer`.*got none"),
+        ("nq_open_local", [*FACTS, {"question": "q", "answer": []}], r"row 8: expected `answer`"),
+        ("nq_open_local", [{"question": "q", "answer": [1, 2]}], r"row 1: .*got \[1, 2\]"),
+        ("nq_open_local", [{"question": 3, "answer": ["x"]}], "row 1: expected `question` as text"),
+        ("webqs_local", [{"question": "q", "answer": "Paris"}], r"row 1: .*got 'Paris'"),
+        ("webqs_local", [{"question": "q", "answer": []}], r"row 1: .*got \[\]"),
+        ("gsm8k_local", [{"question": "q", "answer": ["3"]}], "row 1: expected `answer` as text"),
+        ("gsm8k_local", [], r"gsm8k_local.*rows\.jsonl"),
+        ("nq_open_local", [], r"nq_open_local.*rows\.jsonl"),
+    ],
+)
+def test_rows_that_a_shipped_task_cannot_read_are_named(
+    tuned: PeftModel, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path,
+    task: str, rows: list[dict[str, Any]], words: str, capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(RecipeError, match=words) as failure:
+        forgetless.evaluate(
+            tuned, tiny_tokenizer, lm_eval=[{"task": task, "data_files": data, "num_fewshot": 0}]
+        )
+    assert "\n" not in str(failure.value)
+    assert str(data) in str(failure.value)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("content", ["{not json\n", '{"a": 1}\n{"a": \n', "question,answer\nq,1\n"])
+def test_data_that_are_no_json_are_named_with_what_is_wrong(
+    tuned: PeftModel, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path, content: str,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    data = tmp_path / "rows.jsonl"
+    data.write_text(content)
+    with pytest.raises(RecipeError, match=r"JSON parse error.*rows\.jsonl") as failure:
+        forgetless.evaluate(
+            tuned,
+            tiny_tokenizer,
+            lm_eval=[{"task": "gsm8k_local", "data_files": data, "num_fewshot": 0}],
+        )
+    assert "\n" not in str(failure.value)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"dataset_path": "script.py"}, "which"),
+        ({"task": 3}, "the tasks in"),
+        ({"use_prompt": "prompts.yaml:a"}, r"a file for which, got prompts\.yaml"),
+        ({"doc_to_text": "{{nothing.here}}"}, "which"),
+        ({"filter_list": [{"name": "a", "filter": [{"function": "nope"}]}]}, "which"),
+        # It fails on the rows, not as the task is loaded.
+        (
+            {"doc_to_choice": "{{['brown', 'dog'] if 'fox' in q else 3}}"},
+            "fits its rows, got for which",
+        ),
+    ],
+)
+def test_a_task_that_does_not_work_is_one_line(
+    tuned: PeftModel, tiny_tokenizer: PreTrainedTokenizerBase, choices: Path,
+    changes: dict[str, Any], words: str,
+) -> None:  # fmt: skip
+    write_task(choices, choices.parent / "choices.jsonl", **changes)
+    with pytest.raises(RecipeError, match=words) as failure:
+        forgetless.evaluate(
+            tuned, tiny_tokenizer, lm_eval={"tasks": ["which"], "include_path": choices}
+        )
+    assert "\n" not in str(failure.value)
+
+
+def test_a_group_that_holds_itself_is_one_line(
+    tuned: PeftModel, tiny_tokenizer: PreTrainedTokenizerBase, choices: Path
+) -> None:
+    (choices / "group.yaml").write_text("group: all\ntask: [which, all]\n")
+    with pytest.raises(RecipeError, match="got all, which holds itself"):
+        forgetless.evaluate(
+            tuned, tiny_tokenizer, lm_eval={"tasks": ["all"], "include_path": choices}
+        )
+
+
+def test_a_group_is_one_item_only_where_its_metrics_are_means(
+    tuned: PeftModel, tiny_tokenizer: PreTrainedTokenizerBase, choices: Path
+) -> None:
+    data = choices.parent / "choices.jsonl"
+    other = write_rows(choices.parent / "other.jsonl", CHOICES[:3])
+    group = {
+        "group": "both",
+        "task": ["which", "more"],
+        "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
+    }
+    (choices / "group.yaml").write_text(json.dumps(group))
+
+    def names(metrics: list[str], **entry: Any) -> list[tuple[str, int]]:
+        listed = [{"metric": metric} for metric in metrics]
+        write_task(choices, data, metric_list=listed)
+        write_task(choices, other, "more", metric_list=listed, doc_to_text="So {{q}}")
+        report = forgetless.evaluate(
+            tuned,
+            tiny_tokenizer,
+            lm_eval={"tasks": [{"task": "both", **entry}], "include_path": choices},
+        )
+        return [(item.name, item.rows) for item in report.items]
+
+    assert names(["acc"]) == [("both", 10)]
+    assert names(["acc", "mcc"], name="mine") == [("mine: which", 7), ("mine: more", 3)]
+
+
+def test_names_that_come_of_a_tag_are_told_apart(
+    tuned: PeftModel, tiny_tokenizer: PreTrainedTokenizerBase, choices: Path
+) -> None:
+    data = choices.parent / "choices.jsonl"
+    write_task(choices, data, tag=["some"], metadata={})
+    write_task(choices, data, "more", tag=["some"])
+    text = write_rows(choices.parent / "text.jsonl", [{"text": "The quick brown fox"}])
+
+    def names(tasks: list[Any], **options: Any) -> list[str]:
+        report = forgetless.evaluate(
+            tuned, tiny_tokenizer, lm_eval={"tasks": tasks, "include_path": choices}, **options
+        )
+        assert "version Yaml" not in str(next(i.lm_eval for i in report.items if i.lm_eval))
+        return [item.name for item in report.items]
+
+    with pytest.raises(RecipeError, match="got 'which' twice"):
+        names(["some"], retention=[{"name": "which", "path": str(text)}])
+    twice = [{"task": "some", "name": "a"}, {"task": "some", "name": "b", "limit": 2}]
+    assert sorted(names(twice)) == ["a: more", "a: which", "b: more", "b: which"]
+
+
+def test_all_files_that_figures_depend_on_are_known(
+    choices: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from forgetless.evaluation.lm_eval.files import task_files
+
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "nq_open_dev.jsonl", FACTS)
+    (tmp_path / "outside.yaml").write_text("include: further\ndoc_to_text: !function helper.text\n")
+    (tmp_path / "further").write_text("dataset_kwargs: {data_files: {test: f*.jsonl}}\n")
+    write_rows(tmp_path / "facts.jsonl", FACTS)
+    (choices / "more.yaml").write_text(f"include: [../outside.yaml, {OFFICIAL}/webqs/webqs.yaml]\n")
+    settings = LmEvalRecipe.model_validate(
+        {"tasks": ["which", "nq_open_local", "triviaqa"], "include_path": choices}
+    )
+    assert {path.resolve() for path in task_files(settings)} == {
+        choices,
+        tmp_path / "choices.jsonl",
+        tmp_path / "nq_open_dev.jsonl",
+        tmp_path / "outside.yaml",
+        tmp_path / "further",
+        tmp_path / "facts.jsonl",
+    }
 
 
 def test_examples_need_the_file_that_they_come_from(
@@ -581,5 +934,5 @@ def test_more_examples_than_rows_are_one_line(
 ) -> None:
     data = write_rows(tmp_path / "sums.jsonl", SUMS)
     task = {"task": "gsm8k_local", "data_files": {"train": data, "test": data}}
-    with pytest.raises(RecipeError, match="more than 5 rows to draw examples from, got 3"):
+    with pytest.raises(RecipeError, match="at least 5 rows to draw 5 examples from, got 3"):
         forgetless.evaluate(tuned, tiny_tokenizer, lm_eval=[task])

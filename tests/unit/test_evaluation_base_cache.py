@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from evaluation_setup import GAIN, with_lora
 
 from forgetless.data.tokens import TokenRow
 from forgetless.errors import ForgetlessWarning
-from forgetless.evaluation.base_cache import BaseCache
+from forgetless.evaluation.base_cache import BaseCache, TaskFigures
 from forgetless.evaluation.evaluate import evaluate
 from forgetless.evaluation.generation import Generated
 from forgetless.evaluation.likelihood import RowScores
@@ -149,3 +150,14 @@ def test_base_of_another_model_is_not_taken_from_the_cache(
     other = with_lora(make_tiny_model(seed=1))
     cached = evaluate(other, tiny_tokenizer, gain=[GAIN], base_cache=tmp_path)
     assert cached.items == evaluate(other, tiny_tokenizer, gain=[GAIN]).items
+
+
+@pytest.mark.parametrize("value", [float("-inf"), float("nan"), {1: 2.0}, {"x"}, (1.0, "a")])
+def test_figures_of_tasks_that_json_cannot_hold_are_not_kept(tmp_path: Path, value: Any) -> None:
+    cache = BaseCache(tmp_path, ["model"])
+    figures = TaskFigures(values={"x,none": [value, 1.0]}, answers=["", ""])
+    assert cache.task(["key"], 2, lambda: figures) is figures
+    assert list(tmp_path.iterdir()) == []
+    kept = TaskFigures(values={"x,none": [[1, -2.5], 1.0]}, answers=["", ""])
+    assert cache.task(["key"], 2, lambda: kept) is kept
+    assert cache.task(["key"], 2, lambda: figures) == kept

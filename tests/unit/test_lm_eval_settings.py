@@ -137,6 +137,14 @@ def test_names_do_not_promise_what_a_metric_is_not() -> None:
     assert measured_metric("x", ["a"], ["b"], lambda _: "text", higher_is_better=True) is None
 
 
+def test_a_function_of_all_rows_that_fails_is_no_number() -> None:
+    def fails(items: list[Any]) -> float:
+        return float(np.eye(2)[[x for x, _ in items]].sum())
+
+    rows = [[0.0, 1.0], [1.0, 1.0]]  # a float is no index
+    assert measured_metric("x", rows, rows, fails, higher_is_better=True) is None
+
+
 def test_shipped_tasks_have_no_code() -> None:
     folder = Path(parse_lm_eval.__code__.co_filename).parent / "local_tasks"
     files = sorted(folder.iterdir())

@@ -94,13 +94,16 @@ def evaluate(
     _refuse_encoder_decoder(base_of(model))
     items = parse_items(gain, retention)
     harness = parse_lm_eval(lm_eval)
-    refuse_shared_names(harness, [item.name for _, item in items])
+    names = [item.name for _, item in items]
+    refuse_shared_names(harness, names)
     if not items and not movement_data and harness is None:
         raise RecipeError(
             "evaluation: expected at least one gain or retention item, got none; "
             "pass gain=[...] or retention=[...]"
         )
-    tasks = open_tasks(harness, allow_code=allow_task_code) if harness is not None else []
+    tasks = []
+    if harness is not None:
+        tasks = open_tasks(harness, taken=names, allow_code=allow_task_code)
     with ExitStack() as stack:
         stack.enter_context(left_as_found(model))
         tuned = stack.enter_context(_with_adapter(model, adapter))

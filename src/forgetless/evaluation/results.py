@@ -85,7 +85,7 @@ class TaskFacts(_Value):
 
     Attributes:
         task: Its name in lm-eval; the group's where it is a mean over all its tasks.
-        version: Of the task.
+        version: Of the task; empty where it has none.
         lm_eval: Version of lm-eval.
         config_hash: Of the task's whole configuration, but for where its data lie.
         rows_hash: Of all prompts and targets.
@@ -119,9 +119,9 @@ class TaskFacts(_Value):
         shots = f"{self.num_fewshot} examples" if self.num_fewshot != 1 else "1 example"
         limit = f", the first {self.limit} rows" if self.limit is not None else ""
         chat = ", in the chat template" if self.chat_template else ""
+        version = f" version {self.version}" if self.version else ""
         return (
-            f"lm-eval {self.lm_eval}, {self.task} version {self.version}, {shots}{limit}{chat}, "
-            f"prompt {template}"
+            f"lm-eval {self.lm_eval}, {self.task}{version}, {shots}{limit}{chat}, prompt {template}"
         )
 
 

@@ -15,7 +15,8 @@ from forgetless.data.rows import RowSet
 from forgetless.data.spec import DataSpec
 from forgetless.errors import RecipeError
 from forgetless.evaluation.items import EvaluationItem
-from forgetless.evaluation.lm_eval.tasks import open_tasks, task_files
+from forgetless.evaluation.lm_eval.files import task_files
+from forgetless.evaluation.lm_eval.tasks import open_tasks
 from forgetless.methods.base import Method
 from forgetless.models.load import LoadedModel
 from forgetless.models.targets import find_targets
@@ -50,7 +51,8 @@ def check_tasks(recipe: Recipe, *, allow_task_code: bool = False) -> None:
         RecipeError: As `open_tasks` does.
     """
     if recipe.evaluation.lm_eval is not None:
-        open_tasks(recipe.evaluation.lm_eval, allow_code=allow_task_code)
+        names = [item.name for item in [*recipe.evaluation.gain, *recipe.evaluation.retention]]
+        open_tasks(recipe.evaluation.lm_eval, taken=names, allow_code=allow_task_code)
 
 
 def check_readable(specs: Sequence[DataSpec], *, needs_completion: bool = False) -> list[RowSet]:

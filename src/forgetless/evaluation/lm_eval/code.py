@@ -53,8 +53,8 @@ def refuse_running_answers(name: str, config: Mapping[str, Any]) -> None:
     Raises:
         RecipeError: Always off here.
     """
-    metrics = {str(entry.get("metric")) for entry in config.get("metric_list") or ()}
-    marked = config.get("unsafe_code") not in (None, False)
+    metrics = {str(entry.get("metric")) for entry in _metric_list(name, config)}
+    marked = config.get("unsafe_code", False) is not False  # as lm-eval asks: 0 marks it, too
     named = name.lower().startswith(_RUN_ANSWERS_NAMES)
     if marked or named or any(_runs_answers(metric) for metric in metrics):
         raise RecipeError(
@@ -89,10 +89,14 @@ def _runs_answers(metric: str) -> bool:
 
 
 def _check_file(path: Path, seen: set[Path]) -> None:
-    """One file, and all that it includes from wherever."""
-    if path.resolve() in seen:
+    """One file, and all that it includes from wherever.
+
+    As lm-eval does, a link is followed before the folder is asked that includes are relative to.
+    """
+    path = path.resolve()
+    if path in seen:
         return
-    seen.add(path.resolve())
+    seen.add(path)
     try:
         node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -118,9 +122,9 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
     from lm_eval.api.metrics import bits_per_byte  # noqa: F401  registers the metrics
     from lm_eval.api.registry import metric_registry
 
-    for entry in config.get("metric_list") or ():
-        metric = entry.get("metric") if isinstance(entry, dict) else entry
-        if (isinstance(entry, dict) and entry.get("hf_evaluate")) or metric not in metric_registry:
+    for entry in _metric_list(str(path), config):
+        metric = entry.get("metric")
+        if entry.get("hf_evaluate") or metric not in metric_registry:
             _refuse(path, f"the metric {metric!r}, which is fetched and run")
     pickles = [text for text in _texts(config.get("dataset_kwargs")) if text.endswith(_PICKLES)]
     if config.get("dataset_path") == "pandas" or pickles:
@@ -129,6 +133,16 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
     for child in members if isinstance(members, list) else ():
         if isinstance(child, dict):
             _check_config(path, child)
+
+
+def _metric_list(where: str, config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    found = config.get("metric_list") or []
+    if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
+        raise RecipeError(
+            f"{where}: expected metric_list as a list of mappings, got {found!r}; write "
+            "[{metric: acc}]"
+        )
+    return found
 
 
 def _tags(node: yaml.Node, seen: set[int]) -> Iterator[str]:

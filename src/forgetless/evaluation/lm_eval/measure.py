@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from forgetless.errors import ForgetlessWarning, RecipeError
 from forgetless.escaping import one_line
 from forgetless.evaluation.base_cache import BaseCache, TaskFigures
+from forgetless.evaluation.lm_eval.cache_key import is_known, key
 from forgetless.evaluation.lm_eval.metrics import measured_metric
 from forgetless.evaluation.lm_eval.passes import TaskPass, run_task
 from forgetless.evaluation.lm_eval.spec import LmEvalRecipe
@@ -27,6 +28,7 @@ from forgetless.evaluation.lm_eval.tasks import OpenTask
 from forgetless.evaluation.loaded import Progress
 from forgetless.evaluation.pairing import Measured
 from forgetless.evaluation.results import ItemResult, Sample, TaskFacts
+from forgetless.models.targets import base_of
 
 _NOT_OF_THE_TASK = frozenset({"metadata", "task_alias", "tag"})
 _LONGEST = 2000  # characters of a template in the record; some are Python source
@@ -81,8 +83,11 @@ def measure_task(
         return TaskFigures(values=base.values, answers=base.answers)
 
     facts = _facts(opened, tuned.rows)
-    settings_key = [facts.config_hash, facts.lm_eval, tuned.rows, str(opened.wanted.limit)]
-    base = cache.task(settings_key, len(tuned.prompts), run_base)
+    if is_known(opened):
+        named = key(facts, settings, base_of(model), tokenizer)
+        base = cache.task(named, len(tuned.prompts), run_base)
+    else:
+        base = run_base()
     found, filters = _metrics(opened, base, tuned)
     return ItemResult(
         name=opened.label,
@@ -101,17 +106,17 @@ def _metrics(
 ) -> tuple[dict[str, Measured], dict[str, str]]:
     """Metrics by the name that tables give them, and the filter behind each."""
     part = opened.parts[0]
-    keys = [key for key in tuned.values if key in base.values]
-    several = len({key.rpartition(",")[2] for key in keys}) > 1
+    columns = [column for column in tuned.values if column in base.values]
+    several = len({column.rpartition(",")[2] for column in columns}) > 1
     found: dict[str, Measured] = {}
     filters: dict[str, str] = {}
-    for key in keys:
-        metric, _, chosen = key.rpartition(",")
+    for column in columns:
+        metric, _, chosen = column.rpartition(",")
         aggregate: Callable[[list[Any]], Any] = part.aggregation().get(metric, _mean)
         one = measured_metric(
-            key if several else metric,
-            base.values[key],
-            tuned.values[key],
+            column if several else metric,
+            base.values[column],
+            tuned.values[column],
             aggregate,
             higher_is_better=bool(part.higher_is_better().get(metric, True)),
         )

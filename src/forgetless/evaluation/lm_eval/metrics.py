@@ -55,7 +55,7 @@ def measured_metric(
     if not rows:
         return None
     before, after = [b for b, _ in rows], [t for _, t in rows]
-    levels = _number(aggregate(list(before))), _number(aggregate(list(after)))
+    levels = _level(aggregate, before), _level(aggregate, after)
     if levels[0] is None or levels[1] is None:
         return None
     first, second = _scores(before), _scores(after)
@@ -70,7 +70,9 @@ def measured_metric(
         pairs = (_pairs(before), _pairs(after))
     named = table_name(name, ())
     found = _perplexity(named, pairs, levels[0], levels[1], higher_is_better)
-    return found or _resampled(named, before, after, aggregate, higher_is_better)
+    return found or _resampled(
+        named, before, after, aggregate, (levels[0], levels[1]), higher_is_better
+    )
 
 
 def table_name(name: str, scores: Sequence[NDArray[np.float64] | None]) -> str:
@@ -119,6 +121,7 @@ def _resampled(
     before: list[Any],
     after: list[Any],
     aggregate: Aggregate,
+    all_rows: tuple[float, float],
     higher_is_better: bool,
 ) -> Measured:
     """Base and tuned model on the same resampled rows; ±1.96 of the spread that comes."""
@@ -127,11 +130,11 @@ def _resampled(
     levels: list[tuple[float, float]] = []
     for _ in range(_RESAMPLES if rows > 1 else 0):
         index_N = generator.integers(rows, size=rows)
-        b = _number(aggregate([before[i] for i in index_N]))
-        t = _number(aggregate([after[i] for i in index_N]))
+        b = _level(aggregate, [before[i] for i in index_N])
+        t = _level(aggregate, [after[i] for i in index_N])
         if b is not None and t is not None:
             levels.append((b, t))
-    base, tuned = float(aggregate(list(before))), float(aggregate(list(after)))
+    base, tuned = all_rows
     spread = np.array(levels or [(0.0, 0.0)])
 
     def estimate(mean: float, values: NDArray[np.float64], is_change: bool) -> Estimate:
@@ -151,6 +154,17 @@ def _resampled(
     return Measured(result, RowValues(tuned=()))
 
 
+def _level(aggregate: Aggregate, rows: list[Any]) -> float | None:
+    """The function of all rows; None where it fails, as it is a task's own and may do anything."""
+    try:
+        return _number(aggregate(list(rows)))
+    except (
+        *(ArithmeticError, AttributeError, ImportError, LookupError),
+        *(OSError, RuntimeError, TypeError, ValueError),
+    ):
+        return None
+
+
 def _number(value: Any) -> float | None:
     if isinstance(value, bool | int | float | np.number) and math.isfinite(float(value)):
         return float(value)
@@ -167,7 +181,8 @@ def _scores(values: Sequence[Any]) -> NDArray[np.float64] | None:
 def _pairs(values: Sequence[Any]) -> _Pairs | None:
     """Log-likelihoods and lengths, where rows are such pairs."""
     if not all(
-        isinstance(v, list) and len(v) == 2 and all(isinstance(x, float) for x in v) for v in values
+        isinstance(v, list) and len(v) == 2 and all(isinstance(x, int | float) for x in v)
+        for v in values
     ):
         return None
     found = np.array(values, np.float64)

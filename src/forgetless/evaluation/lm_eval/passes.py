@@ -14,14 +14,13 @@ from typing import Any, TextIO
 import lm_eval
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from lm_eval.models.huggingface import HFLM
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from forgetless.errors import RecipeError
 from forgetless.evaluation.lm_eval.code import sandboxed_templates
 from forgetless.evaluation.lm_eval.tasks import OpenTask, harness_quiet
+from forgetless.evaluation.lm_eval.told import told
 from forgetless.evaluation.loaded import Progress, Watch
 from forgetless.models.state import random_state_kept
 from forgetless.models.targets import base_of
@@ -111,7 +110,7 @@ def run_task(
         progress: Called with stage, requests done and requests in all.
 
     Raises:
-        RecipeError: The task's template fails, or reaches for Python.
+        RecipeError: The task fails on its rows, or its template reaches for Python.
     """
     with _settings_kept(model), random_state_kept(), harness_quiet(), sandboxed_templates():
         _seed(opened)
@@ -122,7 +121,7 @@ def run_task(
             batch_size=batch_size,
             watch=_Requests(progress, stage, stderr),
         )
-        try:
+        with told(opened.label):
             found = lm_eval.evaluate(
                 lm=harness,
                 task_dict={"tasks": {part.task_name: part for part in opened.parts}},
@@ -132,11 +131,6 @@ def run_task(
                 apply_chat_template=opened.wanted.chat_template,
                 fewshot_as_multiturn=opened.wanted.chat_template,
             )
-        except TemplateError as error:
-            raise RecipeError(
-                f"lm_eval task {opened.label}: expected a template that fits the rows, got: "
-                f"{error}; check its file"
-            ) from error
     return _pass(found["samples"])
 
 
@@ -151,7 +145,8 @@ def _seed(opened: OpenTask) -> None:
 @contextmanager
 def _settings_kept(model: PeftModel) -> Iterator[None]:
     base = base_of(model)
-    before = copy.deepcopy(base.generation_config)
+    before = base.generation_config
+    base.generation_config = copy.deepcopy(before)
     try:
         yield
     finally:
@@ -193,11 +188,18 @@ def _text(value: object) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers of any library as floats, tuples as lists; the rest as it is."""
+    """A row's number as float; of pairs and lists the numbers as they are, but of Python's types.
+
+    Some functions of all rows take a whole number, such as a class, out of a pair as an index.
+    """
     if isinstance(value, bool | int | float | np.number | np.bool_):
         return float(value)
-    if isinstance(value, np.ndarray | torch.Tensor):
+    return _listed(value)
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, np.ndarray | np.generic | torch.Tensor):
         return value.tolist()
     if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
+        return [_listed(entry) for entry in value]
     return value

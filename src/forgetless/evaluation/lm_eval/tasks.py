@@ -7,16 +7,12 @@ import difflib
 import io
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import yaml
-from datasets.exceptions import DatasetsError
-from jinja2 import TemplateError
 
 from forgetless.errors import RecipeError
 from forgetless.evaluation.lm_eval.code import (
@@ -24,14 +20,13 @@ from forgetless.evaluation.lm_eval.code import (
     refuse_task_code,
     sandboxed_templates,
 )
+from forgetless.evaluation.lm_eval.files import SHIPPED, check_rows, is_shipped, with_files
 from forgetless.evaluation.lm_eval.spec import LmEvalRecipe, LmEvalTask
+from forgetless.evaluation.lm_eval.told import told
 from forgetless.models.state import random_state_kept
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
-
-SHIPPED = Path(__file__).parent / "local_tasks"
-_SPLITS = ("training_split", "validation_split", "test_split")
 
 
 @dataclass(frozen=True)
@@ -51,16 +46,19 @@ class OpenTask:
     parts: tuple[Any, ...]
 
 
-def open_tasks(settings: LmEvalRecipe, *, allow_code: bool = False) -> list[OpenTask]:
+def open_tasks(
+    settings: LmEvalRecipe, *, taken: Sequence[str] = (), allow_code: bool = False
+) -> list[OpenTask]:
     """Find the tasks, refuse code, and read their data.
 
     Args:
         settings: What the recipe asks for.
+        taken: Names of evaluation items, which tasks cannot have as well.
         allow_code: Whether a folder of the user's own tasks may run Python.
 
     Raises:
-        RecipeError: lm-eval is not installed, no such task, code that is not allowed, or data that
-            cannot be read.
+        RecipeError: lm-eval is not installed, no such task, code that is not allowed, data that
+            cannot be read, or two tasks of one name.
     """
     if find_spec("lm_eval") is None:
         raise RecipeError(
@@ -81,12 +79,15 @@ def open_tasks(settings: LmEvalRecipe, *, allow_code: bool = False) -> list[Open
 
     folders = [SHIPPED, *([folder.expanduser()] if folder is not None else [])]
     with harness_quiet(), sandboxed_templates(), random_state_kept():
-        local = TaskManager(include_path=list(folders), include_defaults=False)
-        return [
+        with told(f"the tasks in {folder}"):
+            local = TaskManager(include_path=list(folders), include_defaults=False)
+        opened = [
             one
             for wanted in settings.tasks
             for one in _open(_manager(local, folders, wanted.task), wanted)
         ]
+    _refuse_one_name_twice(opened, taken)
+    return opened
 
 
 @contextlib.contextmanager
@@ -95,14 +96,16 @@ def harness_quiet() -> Iterator[None]:
 
     Some of its bars have no switch: they write to standard error, which is a sink here.
     """
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @cache
@@ -120,6 +123,9 @@ def _manager(local: TaskManager, folders: Sequence[Path], name: str) -> TaskMana
     if name in local.all_subtasks:
         return local
     if name in local.task_index:
+        members = (local.task_index[name].cfg or {}).get("task")
+        if isinstance(members, list) and all(m in local.all_subtasks for m in members):
+            return local
         return TaskManager(include_path=list(folders))
     if name in _defaults().task_index:
         return _defaults()
@@ -131,11 +137,14 @@ def _manager(local: TaskManager, folders: Sequence[Path], name: str) -> TaskMana
 def _open(manager: TaskManager, wanted: LmEvalTask) -> list[OpenTask]:
     for name in _leaves(manager, wanted.task):
         refuse_running_answers(name, manager.task_index[name].cfg or {})
-    with _told(wanted.task):
-        with tempfile.TemporaryDirectory() as folder:
-            spec = _with_files(manager, wanted, Path(folder))
+    with tempfile.TemporaryDirectory() as folder:
+        spec, files = with_files(manager, wanted, Path(folder))
+        with told(wanted.task, list(files.values())):
+            if is_shipped(manager, wanted.task):
+                check_rows(wanted.task, files)
             loaded = manager.load([spec])
-        parts = list(loaded["tasks"].values())
+    parts = list(loaded["tasks"].values())
+    with told(wanted.task, list(files.values())):
         for part in parts:
             # Loaded, a task knows what its file includes.
             refuse_running_answers(part.task_name, part.dump_config())
@@ -146,24 +155,63 @@ def _open(manager: TaskManager, wanted: LmEvalTask) -> list[OpenTask]:
             _check_examples(part)
     group = loaded.get("groups", {}).get(wanted.task)
     if group is None and len(parts) == 1:
-        return [OpenTask(wanted, wanted.label, str(parts[0].VERSION), tuple(parts))]
-    weighted = group is not None and group.aggregate_metric_list
-    if weighted and all(m.weight_by_size for m in group.aggregate_metric_list):
-        return [OpenTask(wanted, wanted.label, group.version, tuple(parts))]
+        return [OpenTask(wanted, wanted.label, _version(parts[0]), tuple(parts))]
+    if group is not None and _is_one_mean(group, parts):
+        return [OpenTask(wanted, wanted.label, str(group.version or ""), tuple(parts))]
     # A tag, or a group that lm-eval does not sum up in this way: a list of tasks.
-    return [OpenTask(wanted, part.task_name, str(part.VERSION), (part,)) for part in parts]
+    label = f"{wanted.name}: " if wanted.name else ""
+    return [OpenTask(wanted, label + part.task_name, _version(part), (part,)) for part in parts]
+
+
+def _version(part: Any) -> str:
+    from lm_eval.api.task import ConfigurableTask
+
+    version = part.VERSION
+    return "" if version is None or version == ConfigurableTask.VERSION else str(version)
+
+
+def _is_one_mean(group: Any, parts: Sequence[Any]) -> bool:
+    """Whether a group is a mean over the rows of all its tasks.
+
+    A correlation of all rows, say, is not the mean of those of the tasks, which lm-eval gives.
+    """
+    from lm_eval.api.metrics import mean
+
+    listed = group.aggregate_metric_list or ()
+    return bool(listed) and all(
+        [
+            *(metric.weight_by_size for metric in listed),
+            *(function is mean for part in parts for function in part.aggregation().values()),
+        ]
+    )
+
+
+def _refuse_one_name_twice(opened: Sequence[OpenTask], taken: Sequence[str]) -> None:
+    """Figures stand under names; tags and groups give theirs only now."""
+    seen = set(taken)
+    for one in opened:
+        if one.label in seen:
+            raise RecipeError(
+                f"lm_eval: expected a name for each task and item, got {one.label!r} twice, the "
+                f"second from {one.wanted.task}; give that entry a `name`"
+            )
+        seen.add(one.label)
 
 
 def _check_examples(part: Any) -> None:
-    """lm-eval draws one row more than it shows, in case one is the question itself."""
+    """Refuse more examples than there are rows to draw them from."""
+    from lm_eval.api.task import ConfigurableTask
+
     shots = part.get_config("num_fewshot")
-    if not shots or not part.get_config("fewshot_split"):
+    if not shots or not isinstance(part, ConfigurableTask):
         return
-    rows = len(part.fewshot_docs())
-    if rows <= shots:
+    # One more is drawn where the question can be among them, which lm-eval sees by the split.
+    drawn = shots + (part.fewshot_cfg.split == part.config.test_split)
+    rows = len(part.fewshot_docs() or ())
+    if rows < drawn:
         raise RecipeError(
-            f"lm_eval task {part.task_name}: expected more than {shots} rows to draw examples "
-            f"from, got {rows}; lower num_fewshot, or add rows"
+            f"lm_eval task {part.task_name}: expected at least {drawn} rows to draw {shots} "
+            f"examples from, got {rows}; lower num_fewshot, or add rows"
         )
 
 
@@ -180,110 +228,3 @@ def _leaves(manager: TaskManager, name: str, seen: frozenset[str] = frozenset())
         child = member if isinstance(member, str) else member.get("task") or member.get("group")
         for part in child if isinstance(child, list) else [child]:
             yield from _leaves(manager, str(part), seen | {name})
-
-
-def _with_files(manager: TaskManager, wanted: LmEvalTask, folder: Path) -> str:
-    """The task's name, or a file that includes the task's and points at the user's data."""
-    entry = manager.task_index[wanted.task]
-    ours = entry.yaml_path is not None and entry.yaml_path.parent == SHIPPED
-    if wanted.data_files is None and not ours:
-        return wanted.task
-    config = dict(entry.cfg or {})
-    where = f"lm_eval task {wanted.label}"
-    if entry.yaml_path is None or config.get("dataset_path") != "json":
-        raise RecipeError(
-            f"{where}: expected a task that reads JSON files for data_files, got one that reads "
-            f"{config.get('dataset_path')}; leave data_files out"
-        )
-    named = [str(config[key]) for key in _SPLITS if config.get(key)]
-    asked = str(config.get("test_split") or config.get("validation_split"))
-    files = _files(wanted, config, asked, where)
-    for split, path in files.items():
-        if split not in named:
-            raise RecipeError(
-                f"{where}: expected data_files for {', '.join(named)}, got {split!r}; rename it"
-            )
-        if not path.expanduser().is_file():
-            raise RecipeError(
-                f"{where}: expected a file for {split}, got {path}, which is none; "
-                "point data_files at your file"
-            )
-    shots = wanted.num_fewshot
-    shots = (config.get("num_fewshot") or 0) if shots is None else shots
-    source = str(config.get("fewshot_split") or asked)
-    changes: dict[str, Any] = {
-        "include": str(entry.yaml_path.resolve()),
-        "dataset_kwargs": {
-            "data_files": {split: str(p.expanduser().resolve()) for split, p in files.items()}
-        },
-    }
-    changes |= {key: None for key in _SPLITS if config.get(key) and config[key] not in files}
-    if source not in files:
-        if shots:
-            raise RecipeError(
-                f"{where}: expected data_files for {source}, from which its {shots} examples come, "
-                f"got those of {', '.join(files)}; add the file, or set num_fewshot to 0"
-            )
-        changes["fewshot_split"] = None
-    path = folder / "task.yaml"
-    path.write_text(yaml.safe_dump(changes), encoding="utf-8")
-    return str(path)
-
-
-def _files(
-    wanted: LmEvalTask, config: Mapping[str, Any], asked: str, where: str
-) -> dict[str, Path]:
-    """Files by split: what was given, or what the task's own file names."""
-    given = wanted.data_files
-    if isinstance(given, Path):
-        return {asked: given}
-    if given is None:
-        own = (config.get("dataset_kwargs") or {}).get("data_files") or {}
-        given = {split: Path(name) for split, name in own.items() if Path(name).is_file()}
-    if asked not in given:
-        raise RecipeError(
-            f"{where}: expected data_files for {asked}, the rows that are asked, got "
-            f"{', '.join(given) or 'none'}; write `data_files: {{{asked}: your.jsonl}}`"
-        )
-    return dict(given)
-
-
-@contextlib.contextmanager
-def _told(name: str) -> Iterator[None]:
-    """One line instead of a traceback where a task cannot be loaded."""
-    try:
-        yield
-    except RecipeError:
-        raise
-    except (ConnectionError, FileNotFoundError) as error:
-        raise RecipeError(
-            f"lm_eval: expected the data of {name}, got: {_first_line(error)}; it needs the hub "
-            "once, or use a task that reads local files (docs/lm-eval.md)"
-        ) from error
-    except (DatasetsError, OSError, ImportError, TemplateError) as error:
-        raise RecipeError(
-            f"lm_eval: expected a task that loads, got for {name}: {_first_line(error)}; check its "
-            "file and its data"
-        ) from error
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise RecipeError(
-            f"lm_eval: expected a task that loads, got for {name}: {type(error).__name__}: "
-            f"{_first_line(error)}; check its file and the columns of its data"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def task_files(settings: LmEvalRecipe | None) -> Sequence[Path]:
-    """Files and folders that the figures depend on, as far as the recipe names them."""
-    if settings is None:
-        return ()
-    found = [settings.include_path] if settings.include_path is not None else []
-    for task in settings.tasks:
-        if isinstance(task.data_files, Path):
-            found.append(task.data_files)
-        elif task.data_files is not None:
-            found += task.data_files.values()
-    return found
