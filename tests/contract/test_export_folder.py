@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
 import forgetless
@@ -25,7 +26,8 @@ def test_two_kinds_of_export_do_not_share_a_folder(
 ) -> None:
     if "llama.cpp" in (first, second):
         pytest.importorskip("gguf", reason="writes the file")
-    model = adapted(tiny_model)
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = get_peft_model(tiny_model, config)
     forgetless.export(model, tmp_path / "out", target=first)
     before = contents(tmp_path / "out")
     with pytest.raises(AdapterError, match=r"which holds .*; choose another folder"):

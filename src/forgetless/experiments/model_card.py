@@ -59,12 +59,15 @@ def card_facts(
 def _without_figures(record: Record) -> CardFacts:
     versions = [f"{n} {record.versions[n]}" for n in _SHOWN_VERSIONS if n in record.versions]
     # Only a local model has stamps; its name may be relative to a folder of then.
-    is_local, name = bool(record.model_files), record.model.name
+    base, recipe = record.model.name, record.recipe
+    if record.model_files:
+        base = str(Path(base).expanduser().absolute())
+        recipe = {**recipe, "model": base}
     return CardFacts(
-        base=str(Path(name).expanduser().absolute()) if is_local else name,
+        base=base,
         quantization=record.model.quantization,
         method=make_method(record.method),
-        recipe=record.recipe,
+        recipe=recipe,
         trained=_trained(record),
         made=", ".join([record.created, *versions]),
     )
