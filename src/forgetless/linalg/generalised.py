@@ -16,8 +16,8 @@ def generalised_basis(
 ) -> tuple[Tensor, Tensor]:
     """Orthonormal basis of the R leading generalised eigenvectors of C₊ v = γ (C₋ + ridge I) v.
 
-    Solved through the spectrum of C₋, whose negative eigenvalues are rounding and count as 0, in
-    float64 where `solving_dtype` says so.
+    Solved in float64 where `solving_dtype` says so, through a Cholesky factor; where rounding has
+    made C₋ + ridge I indefinite, through the spectrum of C₋, negative eigenvalues counting as 0.
 
     Args:
         plus_DD: C₊, symmetric, positive semidefinite, activation².
@@ -82,8 +82,19 @@ def _congruent(core_KD: Tensor, moment_DD: Tensor) -> Tensor:
 
 def _solve(plus: Tensor, minus: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     """All γ, descending, and their eigenvectors."""
-    values, axes = torch.linalg.eigh((minus + minus.T) / 2)
-    whitener = axes / (values.clamp_min(0) + ridge).sqrt()
+    whitener = _whitener(minus, ridge)
     whitened = whitener.T @ plus @ whitener
     gamma, vectors = torch.linalg.eigh((whitened + whitened.T) / 2)
     return gamma.flip(0), whitener @ vectors.flip(1)
+
+
+def _whitener(minus: Tensor, ridge: float) -> Tensor:
+    """V with Vᵀ (C₋ + ridge I) V = I."""
+    identity = torch.eye(len(minus), dtype=minus.dtype, device=minus.device)
+    lower, failed = torch.linalg.cholesky_ex(minus + ridge * identity)
+    if int(failed):
+        values, axes = torch.linalg.eigh((minus + minus.T) / 2)
+        spectral: Tensor = axes / (values.clamp_min(0) + ridge).sqrt()
+        return spectral
+    inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+    return inverse.T
