@@ -20,6 +20,7 @@ class FakeHub:
         endpoint: Its address.
         files: Content by repository and name.
         created: The bodies of the requests for a repository.
+        public: Repositories that are public; one is made so where it is new and asked for.
         tokens: Those that requests came with.
         refuses: Status of every answer, where not 200.
     """
@@ -27,6 +28,7 @@ class FakeHub:
     endpoint: str = ""
     files: dict[str, dict[str, bytes]] = field(default_factory=dict)
     created: list[dict[str, Any]] = field(default_factory=list)
+    public: set[str] = field(default_factory=set)
     tokens: set[str | None] = field(default_factory=set)
     refuses: int | None = None
 
@@ -34,11 +36,15 @@ class FakeHub:
         if path == "/api/repos/create":
             self.created.append(json.loads(body))
             name = f"{self.created[-1]['organization']}/{self.created[-1]['name']}"
+            if name not in self.files and self.created[-1].get("visibility") != "private":
+                self.public.add(name)
             self.files.setdefault(name, {})
             return {"url": f"{self.endpoint}/{name}"}
         if path == "/api/validate-yaml":
             return {"errors": [], "warnings": []}
         repo = "/".join(path.split("/")[3:5])
+        if path == f"/api/models/{repo}":
+            return {"id": repo, "private": repo not in self.public}
         if "/preupload/" in path:
             asked = json.loads(body)["files"]
             return {

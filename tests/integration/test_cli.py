@@ -91,10 +91,11 @@ def test_a_run_and_what_can_be_done_with_it(
     assert {row["item"] for row in again["figures"]} == {"task", "facts"}
     card = Path(again["adapter"], "README.md").read_text()
     matter = yaml.safe_load(card.split("---\n")[1])
-    assert (matter["library_name"], matter["base_model"]) == ("peft", tiny_model_path.name)
+    assert (matter["library_name"], matter.get("base_model")) == ("peft", None)
+    assert f"{tiny_model_path.name} (a local model)" in card
     assert "| Gained: task, NLL |" in card
     assert "2503.02659" in card
-    assert str(tiny_model_path) not in card.split("## Recipe")[0]
+    assert str(tmp_path) not in card
     assert status("run", recipe, "label=another", "-q") == 0
     assert not capsys.readouterr().err
     assert "another" in Path(again["adapter"], "README.md").read_text()

@@ -55,7 +55,7 @@ def test_a_cut_adapter_is_written_for_an_engine_and_can_be_measured(
     shown = capsys.readouterr()
     out = words(shown.out)
     assert "LoRA of rank 4, padded with zeros to 8 for vllm: out" in out
-    assert "rank 12 cut to 4, metric data/train.jsonl: " in out
+    assert "rank 12 cut to 4, metric train.jsonl: " in out
     assert "relative error" in out
     assert "drift in that metric" in out
     assert "identity" not in words(shown.err)

@@ -12,7 +12,8 @@ import yaml
 from report_records import realistic_records
 
 import forgetless
-from forgetless.adapters.card import CARD, CardFacts, base_label, card_text, write_card
+from forgetless.adapters.card import CARD, CardFacts, card_text, write_card
+from forgetless.adapters.public_names import base_label, public_name
 from forgetless.errors import AdapterError
 from forgetless.evaluation.items import EvaluationItem
 from forgetless.evaluation.results import Sample
@@ -210,6 +211,112 @@ def test_the_loading_code_runs_up_to_the_download() -> None:
 )
 def test_a_local_base_is_named_without_its_path(name: str, expected: str) -> None:
     assert base_label(name) == expected
+
+
+def test_a_local_base_is_called_so_and_is_no_base_model_of_the_hub(tmp_path: Path) -> None:
+    for merged in (False, True):
+        card = card_text(CONFIG, CardFacts(base=str(tmp_path / "llama")), merged=merged)
+        assert not {"base_model", "base_model_relation"} & set(front_matter(card))
+        assert "- Base model: llama (a local model)" in card
+        assert "from_pretrained('llama'" not in card
+        assert str(tmp_path) not in card
+
+
+def test_no_path_of_this_machine_stands_in_a_card() -> None:
+    local = "/home/somebody/secret"
+    item = {"path": f"{local}/rows.jsonl", "name": f"{local}/rows.jsonl"}
+    lm_eval = {
+        "include_path": f"{local}/tasks",
+        "tasks": [{"task": "x", "data_files": {"test": f"{local}/x.jsonl"}}],
+    }
+    record = record_with(
+        recipe={
+            "model": f"{local}/llama",
+            "train_data": [{"path": f"{local}/patients.jsonl", "text": "/no_think {q}"}],
+            "evaluation": {"gain": [item], "lm_eval": lm_eval},
+            "output": f"{local}/runs/first",
+        }
+    )
+    first, second, *_ = record.evaluation.items
+    named = [first.model_copy(update={"name": f"{local}/rows.jsonl"})]
+    named.append(second.model_copy(update={"name": f"{local}/more/rows.jsonl", "side": first.side}))
+    report = record.evaluation.model_copy(update={"items": tuple(named)})
+    model = record.model.model_copy(update={"name": f"{local}/llama"})
+    record = record.model_copy(update={"evaluation": report, "model": model})
+    for card in (
+        card_text(CONFIG, card_facts(record, samples="all")),
+        card_text(CONFIG, CardFacts(figures=report.card_figures().table)),
+    ):
+        assert "secret" not in card
+        assert "rows.jsonl" in card
+    card = card_text(CONFIG, card_facts(record))
+    assert "rows.jsonl (2), " in card  # two items of one file name stay two
+    [recipe] = [content for language, content in fences(card) if language == "yaml"]
+    assert yaml.safe_load(recipe) == {
+        "model": "llama",
+        "train_data": [{"path": "patients.jsonl", "text": "/no_think {q}"}],
+        "evaluation": {
+            "gain": [{"path": "rows.jsonl", "name": "rows.jsonl"}],
+            "lm_eval": {
+                "include_path": "tasks",
+                "tasks": [{"task": "x", "data_files": {"test": "x.jsonl"}}],
+            },
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("/a/b/rows.jsonl (2)", "rows.jsonl (2)"),
+        ("a/rows.csv", "rows.csv"),
+        ("../a/rows", "rows"),
+        ("org/data", "org/data"),
+        ("input/output, in words", "input/output, in words"),
+    ],
+)
+def test_only_paths_lose_their_folders(name: str, expected: str) -> None:
+    assert public_name(name) == expected
+
+
+def test_figures_on_a_quantised_base_say_so_and_a_merged_model_has_none() -> None:
+    plain = record_with()
+    model = plain.model.model_copy(update={"quantization": "bitsandbytes nf4"})
+    record = plain.model_copy(update={"model": model})
+    card = card_text(CONFIG, card_facts(record))
+    assert "; trained on it quantised (bitsandbytes nf4)" in card
+    assert "Both were measured on the base quantised (bitsandbytes nf4)." in card
+    merged = card_text(CONFIG, card_facts(record, merged=True, samples="all"), merged=True)
+    assert "retention not measured since" in merged
+    assert "## Gain and retention" not in merged
+    assert "## Samples" not in merged
+    assert "quantised" not in card_text(CONFIG, card_facts(plain))
+
+
+def test_samples_that_a_card_cannot_show_are_warned_of(tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    for folder in (run / "adapter", out):
+        folder.mkdir(parents=True)
+        (folder / "adapter_config.json").write_text(json.dumps(CONFIG))
+    heard: list[str] = []
+    write_export_card(out, run / "adapter", samples="shareable", warn=heard.append)
+    [warning] = heard
+    assert "shows no samples, though shareable were asked for" in warning
+    save_record(record_with(method={"name": "lora-null", "rank": 8}), run / "record.json")
+    write_export_card(out, run / "adapter", samples="all", warn=heard.append)
+    assert len(heard) == 1
+    write_export_card(out, run / "adapter", samples="all", scale=0.5, warn=heard.append)
+    assert len(heard) == 2
+
+
+def test_the_base_that_the_user_names_goes_before_that_of_the_record(tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    for folder in (run / "adapter", out):
+        folder.mkdir(parents=True)
+        (folder / "adapter_config.json").write_text(json.dumps(CONFIG))
+    save_record(record_with(method={"name": "lora-null", "rank": 8}), run / "record.json")
+    write_export_card(out, run / "adapter", base="org/published")
+    assert front_matter((out / CARD).read_text())["base_model"] == "org/published"
 
 
 def test_an_export_finds_the_record_beside_its_adapter(tmp_path: Path) -> None:

@@ -15,16 +15,16 @@ from typing import Any, Literal, Protocol, get_args
 import yaml
 
 from forgetless.adapters.load import read_adapter_config
+from forgetless.adapters.public_names import base_label, is_local_base, public_recipe
 from forgetless.atomic import write_atomically
 from forgetless.errors import AdapterError
-from forgetless.escaping import clean, markdown_code, markdown_text
+from forgetless.escaping import markdown_code, markdown_text
 from forgetless.methods import method_options
 from forgetless.methods.base import Method
-from forgetless.models.demo_model import FOLDER, HUB_ID
-from forgetless.models.load import DEMO
 
 CARD = "README.md"
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+TAG = "forgetless"
+_FRONT_MATTER = re.compile(r"---\r?\n(.*?)^---\s*$", re.DOTALL | re.MULTILINE)
 
 
 # Which samples a card shows: `shareable` leaves out `self` data and sets not to be passed on.
@@ -94,6 +94,7 @@ class CardFacts:
 
     Attributes:
         base: The base model as the user named it; else the adapter's configuration tells.
+        quantization: How the base was quantised where the adapter was trained; None where not.
         method: How it was started.
         recipe: The resolved recipe that it was trained by, as plain values.
         figures: Gain and retention as a Markdown table, escaped.
@@ -107,6 +108,7 @@ class CardFacts:
     """
 
     base: str | None = None
+    quantization: str | None = None
     method: Method | None = None
     recipe: Mapping[str, Any] | None = None
     figures: str = ""
@@ -145,47 +147,60 @@ def card_text(config: Mapping[str, Any], facts: CardFacts, *, merged: bool = Fal
         facts: What else is known.
         merged: Whether the card is for a whole model.
     """
-    base = base_label(facts.base or config.get("base_model_name_or_path") or "")
+    name = str(facts.base or config.get("base_model_name_or_path") or "")
+    is_local, base = is_local_base(name), base_label(name)
     kind = "Merged model" if merged else "LoRA adapter"
+    shown = f"{base} (a local model)" if is_local else base
     parts = [
-        _front_matter(base, config, facts, merged),
-        f"# {kind} for {markdown_text(base) or 'an unnamed base model'}",
-        _what(base, config, facts, merged),
+        _front_matter("" if is_local else base, config, facts, merged),
+        f"# {kind} for {markdown_text(shown) or 'an unnamed base model'}",
+        _what(shown, config, facts, merged),
     ]
     if facts.figures:
         legend = (
             "Base and tuned model on held-out rows; in brackets the change from the base and its "
             "95 % interval, paired by row."
         )
-        notes = " ".join([legend, *map(markdown_text, facts.notes)])
+        known = facts.quantization
+        base_note = [f"Both were measured on the base quantised ({known})."] if known else []
+        notes = " ".join([legend, *map(markdown_text, [*base_note, *facts.notes])])
         parts += ["## Gain and retention", notes, facts.figures.strip()]
     if facts.samples:
         parts += ["## Samples", *map(_sample, facts.samples)]
-    loading = facts.loading or _loading(base, config, merged)
+    # A folder's bare name would be looked up on the hub.
+    loading = facts.loading or _loading(f"path/to/{base}" if is_local else base, config, merged)
     parts += ["## Loading", markdown_code(loading, "python")]
     if facts.recipe is not None:
-        text = yaml.safe_dump(_without_rows(facts.recipe), sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(public_recipe(facts.recipe), sort_keys=False, allow_unicode=True)
         parts += ["## Recipe", markdown_code(text, "yaml")]
     if facts.method is not None:
         parts += ["## Citation", markdown_code("\n\n".join(facts.method.bibtex), "bibtex")]
     return "\n\n".join(parts) + "\n"
 
 
-def base_label(name: str) -> str:
-    """What to call a base model in public: its hub id; of a local folder its own name only."""
-    path = Path(name).expanduser()
-    if name == DEMO or path.name == FOLDER:
-        return HUB_ID
-    is_local = path.is_absolute() or path.is_dir() or not _HUB_ID.fullmatch(name)
-    return clean(path.absolute().name) if name and is_local else name
+def is_own_card(path: Path) -> bool:
+    """Whether a model card is one that forgetless wrote, edited since or not: it has our tag."""
+    tags = front_matter(path).get("tags")
+    return isinstance(tags, list) and TAG in tags
+
+
+def front_matter(path: Path) -> dict[str, Any]:
+    """What stands at the head of a model card; empty where there is none, or no mapping."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    found = _FRONT_MATTER.match(text)
+    try:
+        values = yaml.safe_load(found[1]) if found else None
+    except yaml.YAMLError:
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def _front_matter(base: str, config: Mapping[str, Any], facts: CardFacts, merged: bool) -> str:
     method = [facts.method.name] if facts.method else []
-    tags = ["lora", "forgetless", *facts.tags, *method]
+    tags = ["lora", TAG, *facts.tags, *method]
+    relation = "finetune" if merged else "adapter"
     values = {
-        **({"base_model": base} if base else {}),
-        "base_model_relation": "finetune" if merged else "adapter",
+        **({"base_model": base, "base_model_relation": relation} if base else {}),
         "library_name": facts.library or ("transformers" if merged else "peft"),
         "pipeline_tag": "text2text-generation" if _is_seq2seq(config) else "text-generation",
         "tags": list(dict.fromkeys(tags)),
@@ -197,8 +212,9 @@ def _what(base: str, config: Mapping[str, Any], facts: CardFacts, merged: bool) 
     layers = config.get("target_modules") or ()
     named = ", ".join(sorted(layers)) if not isinstance(layers, str) else layers
     revision = f", revision {config['revision']}" if config.get("revision") else ""
+    quantised = f"; trained on it quantised ({facts.quantization})" if facts.quantization else ""
     lines = [
-        f"- Base model: {markdown_text((base or 'not recorded') + revision)}",
+        f"- Base model: {markdown_text((base or 'not recorded') + revision + quantised)}",
         f"- Update: {'merged from a ' if merged else ''}LoRA of rank {config.get('r')}, alpha "
         f"{config.get('lora_alpha')}, on {markdown_text(named)}",
     ]
@@ -243,20 +259,3 @@ def _loading(base: str, config: Mapping[str, Any], merged: bool) -> str:
 
 def _is_seq2seq(config: Mapping[str, Any]) -> bool:
     return str(config.get("task_type")).endswith("SEQ_2_SEQ_LM")
-
-
-def _without_rows(value: Any) -> Any:
-    """A recipe without what was not set, and whose rows, if given in Python, are only counted."""
-    if isinstance(value, Mapping):
-        is_set = {k: v for k, v in value.items() if v is not None and (k, v) != ("self", False)}
-        return {key: _counted(key, entry) for key, entry in is_set.items()}
-    if isinstance(value, list):
-        return [_without_rows(entry) for entry in value]
-    return value
-
-
-def _counted(key: str, value: Any) -> Any:
-    if key == "examples":
-        count = f"{len(value)} " if isinstance(value, list) else ""
-        return f"{count}row{'' if count == '1 ' else 's'} given in Python"
-    return _without_rows(value)

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from forgetless.adapters.forms import adapted_layers, factors
+from forgetless.adapters.public_names import public_name
 from forgetless.atomic import write_atomically
 from forgetless.calibration.calibrate import calibrate, check_token_count
 from forgetless.calibration.engine import SiteMoments
@@ -88,7 +89,8 @@ def metric_on(
         model, tokenizer, targets, rows, batch_size=batch_size, cache=cache, progress=progress
     )
     check_token_count(moments, "compression", required=False)  # M may be singular
-    label = ", ".join(spec.label for spec in specs)
+    # The label is written beside the export, and uploaded with it.
+    label = ", ".join(public_name(spec.label) for spec in specs)
     return InputMetric(f"{label}: {moments.num_tokens} tokens", moments)
 
 

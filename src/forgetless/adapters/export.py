@@ -32,6 +32,8 @@ from forgetless.adapters.plain_lora import refuse_what_plain_lora_cannot_hold
 from forgetless.data.spec import DataInput
 from forgetless.errors import AdapterError, ForgetlessWarning
 from forgetless.methods import make_method
+from forgetless.models.quantization import quantization_of
+from forgetless.models.targets import base_of
 
 __all__ = [
     "EXPORT_TARGETS",
@@ -154,7 +156,20 @@ def _card(
             f"The update is scaled by {scale:g} here; the figures are those at scale "
             f"{found.scale:g}.",
         )
-    return CardFacts(method=made, figures=found.table, samples=found.chosen(samples), notes=notes)
+    if samples != "none" and report is None:
+        warnings.warn(
+            f"export: the model card shows no samples, though {samples} were asked for; pass "
+            "report=, what forgetless.evaluate returned",
+            ForgetlessWarning,
+            stacklevel=3,
+        )
+    return CardFacts(
+        quantization=quantization_of(base_of(model).config),
+        method=made,
+        figures=found.table,
+        samples=found.chosen(samples),
+        notes=notes,
+    )
 
 
 def _cut_card(card: CardFacts, cut: Compression) -> CardFacts:

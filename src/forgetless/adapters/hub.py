@@ -18,22 +18,22 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 )
 from peft import PeftModel
 
-from forgetless.adapters.card import CARD, Evaluated, Samples
+from forgetless.adapters.card import Evaluated, Samples
 from forgetless.adapters.export import export
-from forgetless.adapters.load import CONFIG, WEIGHTS, read_adapter_config
-from forgetless.adapters.variant import LIVE_BOTH
+from forgetless.adapters.exported_files import exported_files
+from forgetless.adapters.load import CONFIG
 from forgetless.errors import AdapterError
 
-# All that an export writes; whatever else lies in a folder stays at home.
-_OURS = re.compile(
-    r"README\.md|compression\.json|adapter_config\.json|adapter_model\.safetensors"
-    r"|config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors"
-    r"|model\.safetensors\.index\.json|[\w.-]+\.gguf"
-    r"|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json"
-    r"|vocab\.json|merges\.txt|tokenizer\.model|spiece\.model|chat_template\.jinja"
-)
-_MODELS = ("config.json", "*.gguf")
-_REMEDY = "export it first: forgetless export ADAPTER FOLDER"
+_REMEDIES = {
+    400: "check the card's front matter and the name",
+    401: "use a token with write access to it: hf auth login",
+    403: "use a token with write access to it: hf auth login",
+    404: "check the name and the revision",
+    409: "something else is being written there: try again",
+    413: "it is too large for the hub: cut the rank with --max-rank, or push an adapter only",
+    422: "check the card's front matter and the name",
+    429: "too many requests: wait some minutes, then try again",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,8 @@ def push_to_hub(
     Args:
         model: A folder that `export`, the command `export` or a run wrote; or a PeftModel.
         repo_id: `you/name`.
-        private: Whether a new repository is private; the account's default where None.
+        private: Whether a new repository is private; the account's default where None. Where
+            True, nothing is uploaded into one that is public already.
         revision: Branch, which must exist; `main` by default.
         token: The one that `hf auth login` or HF_TOKEN set, where None.
         report: For a PeftModel: as for `export`.
@@ -78,7 +79,9 @@ def push_to_hub(
         **options: For a PeftModel: all further arguments of `export`.
 
     Raises:
-        AdapterError: A folder that is no export, no token, no network, or a refusal of the hub.
+        AdapterError: A folder that is no export, no token, no network, a refusal of the hub, or a
+            public repository where a private one was asked for.
+        ArtefactError: Weights that are damaged.
     """
     if isinstance(model, PeftModel):
         _token(token)
@@ -113,6 +116,8 @@ def push_folder(
     api = HfApi(token=_token(token))
     try:
         url = api.create_repo(repo_id, private=private, exist_ok=True)
+        if private:
+            _refuse_public(api, url.repo_id)
         commit = api.upload_folder(
             repo_id=url.repo_id,
             folder_path=source,
@@ -137,55 +142,35 @@ def push_folder(
     return Pushed(str(url), commit.oid, files)
 
 
-def exported_files(folder: Path) -> tuple[str, ...]:
-    """Names of the files of an export that may be uploaded.
-
-    Raises:
-        AdapterError: No export, a checkpoint that PEFT alone cannot open, no card, or a
-            configuration that names a folder of this machine as its base.
-    """
-    names = tuple(sorted(path.name for path in folder.glob("*") if _OURS.fullmatch(path.name)))
-    if (folder / CONFIG).is_file():
-        _refuse_unfit(folder, read_adapter_config(folder))
-    elif not any(any(folder.glob(pattern)) for pattern in _MODELS):
-        raise AdapterError(f"{folder}: expected an exported adapter or model, got none; {_REMEDY}")
-    if CARD not in names:
-        raise AdapterError(f"{folder}: expected the model card {CARD}, found none; {_REMEDY}")
-    return names
-
-
-def _refuse_unfit(folder: Path, config: dict[str, Any]) -> None:
-    if config.get("init_lora_weights") == LIVE_BOTH:
-        raise AdapterError(
-            f"{folder}: expected an export, got a training checkpoint of the form both, which PEFT "
-            f"alone cannot open; {_REMEDY}"
-        )
-    if not (folder / WEIGHTS).is_file():
-        raise AdapterError(f"{folder}: expected {WEIGHTS}, found none; {_REMEDY}")
-    base = str(config.get("base_model_name_or_path") or "")
-    if Path(base).is_absolute() or Path(base).expanduser().is_dir():
-        raise AdapterError(
-            f"{folder}: expected a base that others can load, got the local folder {base}; export "
-            "it again with the base's hub id: --model ORG/NAME, in Python base_name="
-        )
-
-
 def _token(token: str | None) -> str:
-    found = token or get_token()
+    """A token that can stand in a header; no message ever holds it."""
+    found = get_token() if token is None else token
     if found is None:
         raise AdapterError(
             "push: expected a token for the hub, found none; run `hf auth login`, or set HF_TOKEN"
         )
+    found = found.strip()
+    if not re.fullmatch("[!-~]+", found):
+        raise AdapterError(
+            "push: expected a token of printable ASCII without spaces, got another (not shown); "
+            "copy it again from the hub's settings"
+        )
     return found
+
+
+def _refuse_public(api: HfApi, repo_id: str) -> None:
+    """The hub leaves a repository that exists already as it is, whatever was asked for."""
+    if api.repo_info(repo_id).private is not True:
+        raise AdapterError(
+            f"push: expected a private repository, got {repo_id}, which is public already; nothing "
+            "was uploaded: make it private in its settings, or choose another name"
+        )
 
 
 def _remedy(error: HfHubHTTPError) -> str:
     status = error.response.status_code
-    if status in (401, 403):
-        return "use a token with write access to it: hf auth login"
-    if status == 404:
-        return "check the name and the revision"
-    return "try again later" if status >= 500 else "check the card's front matter and the name"
+    later = "try again later" if status >= 500 else "look this status up in the hub's documentation"
+    return _REMEDIES.get(status, later)
 
 
 def _first_line(error: BaseException) -> str:

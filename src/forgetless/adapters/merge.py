@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from forgetless.adapters.card import write_card
 from forgetless.adapters.export_target import ExportJob, ExportTarget
+from forgetless.adapters.exported_files import WHOLE_MODEL
 from forgetless.adapters.forms import adapted_layers, factors
 from forgetless.adapters.plain_lora import refuse_what_plain_lora_cannot_hold
 from forgetless.adapters.round_trip import RoundTrip, check_merged
@@ -118,7 +119,7 @@ def save_merged(
         weight = state[f"{name}.weight"]
         merged = weight.to(delta_OD.dtype) + delta_OD
         state[f"{name}.weight"] = merged.to(dtype or weight.dtype).contiguous()
-    with written_into(folder, "merge") as workplace:
+    with written_into(folder, "merge", WHOLE_MODEL) as workplace:
         try:
             base.save_pretrained(str(workplace), state_dict=_cast(state, dtype))
         except ValueError as error:  # transformers checks what it copies, the base's settings too

@@ -17,6 +17,7 @@ from forgetless.adapters.base_identity import base_metadata
 from forgetless.adapters.card import write_card
 from forgetless.adapters.engines import A_SUFFIX, B_SUFFIX, PREFIX, Engine, missing_of_types
 from forgetless.adapters.export_target import ExportJob, ExportTarget
+from forgetless.adapters.exported_files import PEFT_LORA
 from forgetless.adapters.forms import adapted_layers
 from forgetless.adapters.lint import refuse_breaches
 from forgetless.adapters.load import WEIGHTS
@@ -50,7 +51,7 @@ class PlainLora(ExportTarget):
         rank = self._engine.padded(rank_of_updates(updates))
         if self._engine.wants_whole_types:
             updates |= _zeros(missing_of_types(list(layers), linear), linear)
-        with written_into(job.folder, "export") as workplace:
+        with written_into(job.folder, "export", PEFT_LORA) as workplace:
             save_plain(workplace, job, padded(updates, rank))
             refuse_breaches(workplace, self._engine, {*linear, *layers}, shown=job.folder)
             write_card(workplace, replace(job.card, base=base_name_of(job)))

@@ -283,7 +283,8 @@ def push(
     folder: Annotated[Path, typer.Argument(help="An exported folder, or a finished run.")],
     repo_id: Annotated[str, typer.Argument(help="you/name, on the Hugging Face hub.")],
     private: Annotated[
-        bool, typer.Option("--private", help="Make a new repository private.")
+        bool,
+        typer.Option("--private", help="Into a private repository only; a new one is made so."),
     ] = False,
     revision: Annotated[
         str | None, typer.Option(help="Branch to write to; it must exist. main by default.")

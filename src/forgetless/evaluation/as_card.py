@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from forgetless.adapters.card import CardFigures, CardSample
+from forgetless.adapters.public_names import public_name
 from forgetless.escaping import markdown_text
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ def card_figures(report: EvaluationReport) -> CardFigures:
     lines = [_line(("", "base", tuned)), "| --- | ---: | ---: |"]
     for item in report.items:
         lines += [
-            _line((f"{item.side}: {item.name}, {name}", *_cells(result)))
+            _line((f"{item.side}: {public_name(item.name)}, {name}", *_cells(result)))
             for name, result in item.metrics.items()
         ]
     if report.movement is not None:
@@ -30,7 +31,9 @@ def card_figures(report: EvaluationReport) -> CardFigures:
 def card_samples(item: ItemResult) -> list[CardSample]:
     """Prompt and both answers of each sample of an item."""
     return [
-        CardSample(item.name, one.prompt, one.base, one.tuned, item.samples_can_be_shared)
+        CardSample(
+            public_name(item.name), one.prompt, one.base, one.tuned, item.samples_can_be_shared
+        )
         for one in item.samples
     ]
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forgetless.adapters.card import CardFacts, base_label, write_card
+from forgetless.adapters.card import CardFacts, write_card
 from forgetless.adapters.export_target import ExportJob, ExportTarget
+from forgetless.adapters.exported_files import GGUF_LORA
 from forgetless.adapters.forms import adapted_layers
 from forgetless.adapters.gguf.architectures import NAME
 from forgetless.adapters.gguf.files import (
@@ -24,6 +25,7 @@ from forgetless.adapters.gguf.files import (
 )
 from forgetless.adapters.plain_files import save_plain
 from forgetless.adapters.plain_lora import refuse_what_plain_lora_cannot_hold
+from forgetless.adapters.public_names import base_label, is_local_base
 from forgetless.adapters.round_trip import RoundTrip, check_round_trip
 from forgetless.adapters.updates import base_name_of, padded, rank_of_updates, updates_to_write
 from forgetless.adapters.whole_folder import written_into
@@ -56,12 +58,12 @@ class LlamaCpp(ExportTarget):
         updates = updates_to_write(job)
         rank = rank_of_updates(updates)
         base = base_name_of(job)
-        with written_into(job.folder, "export") as workplace:
+        with written_into(job.folder, "export", GGUF_LORA) as workplace:
             write_lora(
                 workplace / GGUF,
                 padded(updates, rank),
                 base_of(job.model).config,
-                base=base_label(base) if base else None,
+                base=base_label(base) if base and not is_local_base(base) else None,
                 revision=job.revision,
             )
             write_gguf_card(workplace, replace(job.card, base=base))
