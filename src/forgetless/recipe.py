@@ -56,12 +56,17 @@ class CalibrationRecipe(_Part):
     cache: bool = True
 
 
+def _with_options(named: object) -> object:
+    """A name as a mapping, in which options have a place."""
+    return {"name": named} if isinstance(named, str) else named
+
+
 def _known_regularisers(given: object) -> object:
     """Mappings of a name and options, from names or mappings, one or several."""
     listed = [given] if isinstance(given, str | dict) else given
     if not isinstance(listed, list | tuple):
         return given
-    named = [{"name": one} if isinstance(one, str) else one for one in listed]
+    named = [_with_options(one) for one in listed]
     make_regularisers([one for one in named if isinstance(one, dict)])
     return named
 
@@ -191,7 +196,7 @@ def _parse_named(where: str) -> BeforeValidator:
 
 def _known_method(method: object) -> object:
     """A mapping of a name and options, from either."""
-    options = {"name": method} if isinstance(method, str) else method
+    options = _with_options(method)
     if isinstance(options, dict):
         make_method(options)
     return options
@@ -285,13 +290,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in (None, *overrides):
         if override is not None:
             apply_override(tree, override)
-        if isinstance(tree.get("method"), str):  # so that `method.rank=16` has a place
-            tree["method"] = {"name": tree["method"]}
+        if "method" in tree:  # so that `method.rank=16` has a place
+            tree["method"] = _with_options(tree["method"])
         training = tree.get("training")
         if isinstance(training, dict) and isinstance(training.get("regularisers"), list):
-            training["regularisers"] = [
-                {"name": one} if isinstance(one, str) else one for one in training["regularisers"]
-            ]
+            training["regularisers"] = [*map(_with_options, training["regularisers"])]
     try:
         return validated(Recipe, tree)
     except ForgetlessError as failure:

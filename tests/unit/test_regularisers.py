@@ -316,7 +316,16 @@ def test_all_regularisers_together_train_every_form(
     make_tiny_model, tiny_tokenizer, tmp_path, form
 ):
     model = adapted(make_tiny_model(), form)
-    facts = run(model, tiny_tokenizer, tmp_path / "run", list(REGULARISERS), moments_of(model))
+    start, moments = adapter_state(model), moments_of(model)
+    facts = run(model, tiny_tokenizer, tmp_path / "run", list(REGULARISERS), moments)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            update = parameter.detach() - start[name]
+            assert update.any(), f"{name} stood still"
+            if ".lora_A." in name:
+                layer = name.split(".lora_A.")[0].removeprefix("base_model.model.")
+                basis = leading_basis(moments.of(layer).mean_DD(), 0.99)
+                assert float((update @ basis).norm()) < 1e-4 * float(update.norm()), name
     assert set(facts.curve[-1].terms) == {"kl", "drift", "penalty"}  # the others add nothing
     assert all(torch.isfinite(t).all() for t in adapter_state(model).values())
 

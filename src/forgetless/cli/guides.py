@@ -163,7 +163,7 @@ _WORDS = {"None": "none", "True": "true", "False": "false"}  # as YAML writes th
 
 
 def _regulariser(kind: type[Regulariser]) -> dict[str, Any]:
-    from forgetless.training.regularisers import regulariser_options
+    from forgetless.named import options_of
 
     made = kind()
     return {
@@ -171,7 +171,7 @@ def _regulariser(kind: type[Regulariser]) -> dict[str, Any]:
         "title": made.title,
         "paper": made.paper,
         "needs_preserve_data": made.needs_preserve,
-        "options": {k: v for k, v in regulariser_options(made).items() if k != "name"},
+        "options": {k: v for k, v in options_of(made).items() if k != "name"},
     }
 
 

@@ -23,11 +23,15 @@ def uses_preserve(recipe: Recipe) -> bool:
     return any(one.needs_preserve for one in make_regularisers(recipe.training.regularisers))
 
 
-def preserve_data(loaded: LoadedModel, data: Prepared, attached: Attached) -> PreserveData:
+def preserve_data(
+    recipe: Recipe, loaded: LoadedModel, data: Prepared, attached: Attached
+) -> PreserveData:
     """Moments and rows to keep; rows to train on end as train rows do, sampled ones as they are."""
+    trained = any(one.trains_on_rows for one in make_regularisers(recipe.training.regularisers))
     to_train_on = [
         row
         for rows in data.preserve
+        if trained
         for row in tokenize(rows, loaded.tokenizer, append_eos=not rows.spec.self_sampled)
     ]
     return PreserveData(attached.moments.get("preserve"), data.preserve_rows, to_train_on)

@@ -276,7 +276,7 @@ class _Run:
 
     def _train(self, loaded: LoadedModel, data: Prepared, attached: Attached) -> TrainingFacts:
         options = training_options(self.recipe, self.method)
-        preserve = preserve_data(loaded, data, attached)
+        preserve = preserve_data(self.recipe, loaded, data, attached)
         rows = mixed_rows(data.train_rows, options, preserve, self.recipe.seed)
         self.progress.note(
             f"{options.num_steps(len(rows))} steps at learning rate "

@@ -11,7 +11,7 @@ import torch
 
 from forgetless.errors import TrainingError
 from forgetless.models.hardware import has_fast_bf16
-from forgetless.training.regularisers import regulariser_options
+from forgetless.named import options_of
 from forgetless.training.regularisers.base import Regulariser
 
 Scheduler = Literal["cosine", "linear", "constant"]
@@ -111,7 +111,7 @@ class TrainingOptions:
             values["lora_plus_ratio"] = self.lora_plus_ratio
         if self.regularisers:
             named = sorted(self.regularisers, key=lambda one: one.name)
-            values["regularisers"] = [*map(regulariser_options, named)]
+            values["regularisers"] = [*map(options_of, named)]
         return values
 
 

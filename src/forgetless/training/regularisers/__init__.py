@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from forgetless.errors import TrainingError
-from forgetless.named import make_named, options_of
+from forgetless.named import make_named
 from forgetless.training.regularisers.base import Regulariser
 from forgetless.training.regularisers.drift import Drift
 from forgetless.training.regularisers.kl import KL
@@ -38,8 +38,3 @@ def make_regularisers(given: Sequence[RegulariserInput]) -> tuple[Regulariser, .
         if names.count(name) > 1:
             raise TrainingError(f"regulariser {name}: expected it once, got it twice; leave one")
     return made
-
-
-def regulariser_options(regulariser: Regulariser) -> dict[str, Any]:
-    """Name and all options, as `make_regularisers` takes them."""
-    return options_of(regulariser)

@@ -102,6 +102,7 @@ class Regulariser(ABC):
         paper: Source.
         needs_moments: Whether second moments of preserve data must be collected.
         needs_rows: Whether it reads rows of preserve data.
+        trains_on_rows: Whether it trains on them like on train rows.
         forms: Forms of adapter that it works on.
     """
 
@@ -110,6 +111,7 @@ class Regulariser(ABC):
     paper: ClassVar[str]
     needs_moments: ClassVar[bool] = False
     needs_rows: ClassVar[bool] = False
+    trains_on_rows: ClassVar[bool] = False
     forms: ClassVar[frozenset[Trains]] = frozenset({"plain", "a", "b", "both"})
 
     @property

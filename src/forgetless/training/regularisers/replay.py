@@ -29,6 +29,7 @@ class Replay(Regulariser):
     title: ClassVar[str] = "preserve rows mixed into the train rows"
     paper: ClassVar[str] = "experience replay, arXiv:1811.11682"
     needs_rows: ClassVar[bool] = True
+    trains_on_rows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the options."""
