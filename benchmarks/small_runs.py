@@ -1,77 +1,135 @@
-"""The table of docs/results.md: methods at two learning rates each, small runs.
+"""Small runs of everything that forgetless compares, on two tasks; figures as files.
 
-    python benchmarks/small_runs.py DATA OUTPUT [--only LABEL ...]
+    python benchmarks/small_runs.py DATA WORK [--only TASK/NAME ...] [--list]
 
-DATA holds gsm8k_train.jsonl, gsm8k_test.jsonl, nq_open_dev.jsonl and webquestions_train.jsonl.
-Finished runs are skipped and broken ones resumed: stop it whenever you like and run it again.
+DATA holds gsm8k_train.jsonl, gsm8k_test.jsonl, nq_open_dev.jsonl and webquestions_train.jsonl; run
+folders go under WORK. The figures of each run, without rows of data, go to results/small_runs, and a
+run whose file is there is skipped: stop it whenever you like and run it again. Several may run side
+by side; each takes what no other is at. What each costs is told in seconds of processor time.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 from pathlib import Path
+from typing import Any
 
+import yaml
+from filelock import FileLock, Timeout
+from grid import SmallRun, small_runs
+
+from forgetless.atomic import write_atomically
 from forgetless.console import TerminalProgress
 from forgetless.data.demo import demo_specs
-from forgetless.evaluation.items import EvaluationItem
-from forgetless.experiments.markdown import markdown_table
-from forgetless.experiments.record import load_record
-from forgetless.experiments.report import write_report
+from forgetless.errors import ForgetlessError
+from forgetless.evaluation.results import EvaluationReport
+from forgetless.experiments.record import Record, load_record
 from forgetless.experiments.run import run
 from forgetless.recipe import Recipe, load_recipe
 
-RECIPE = Path(__file__).parent.parent / "recipes" / "gsm8k.yaml"
-METHODS = {
-    "lora": "{name: lora, rank: 32}",
-    "lora-null v2": "{name: lora-null, rank: 32, trains: b}",
-    "lora-null v1": "{name: lora-null, rank: 32, trains: both}",
-    "sc-lora 0.5": "{name: sc-lora, rank: 32, beta: 0.5}",
-    "sc-lora 0.8": "{name: sc-lora, rank: 32, beta: 0.8}",
-}
-RATES = (2e-4, 1e-3)
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "small_runs"
+RECIPES = {"gsm8k": HERE.parent / "recipes" / "gsm8k.yaml", "demo": HERE / "demo_task.yaml"}
+# Plain LoRA turned down, for its retention at other methods' gain.
+SCALES = {"lora 0.001": [0.1, 0.25, 0.5, 0.75]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--only", nargs="*", default=[], help="TASK/NAME, without the rate")
+    parser.add_argument("--list", action="store_true", help="say what is left to do")
     arguments = parser.parse_args()
-    facts = demo_specs().write(arguments.output / "data")["evaluation_facts"]
-    records = []
-    for name, method in METHODS.items():
-        for rate in RATES:
-            label = f"{name} {rate:g}"
-            if arguments.only and label not in arguments.only:
-                continue
-            folder = arguments.output / label.replace(" ", "-")
-            overrides = [
-                f"label={label}",
-                f"method={method}",
-                f"training.learning_rate={rate}",
-                f"train_data.path={arguments.data / 'gsm8k_train.jsonl'}",
-                f"preserve_data.path={arguments.data / 'nq_open_dev.jsonl'}",
-                f"evaluation.gain.0.path={arguments.data / 'gsm8k_test.jsonl'}",
-                f"evaluation.retention.0.path={arguments.data / 'nq_open_dev.jsonl'}",
-                f"evaluation.retention.1.path={arguments.data / 'webquestions_train.jsonl'}",
-                f"output={folder}",
-            ]
-            print(f"== {label}", flush=True)
-            recipe = with_facts(load_recipe(RECIPE, overrides), facts)
-            records.append(load_record(run(recipe, progress=TerminalProgress())))
-            (arguments.output / "table.md").write_text(markdown_table(records))
-    write_report(records, arguments.output / "report.html")
-    print(markdown_table(records))
+    facts = demo_specs().write(arguments.work / "data")
+    for one in small_runs():
+        stored = RESULTS / one.task / f"{one.slug}.json"
+        if stored.exists() or (arguments.only and f"{one.task}/{one.name}" not in arguments.only):
+            continue
+        if arguments.list:
+            print(f"{one.task}/{one.label}")
+            continue
+        folder = arguments.work / one.task / one.slug
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(folder.with_suffix(".lock"), timeout=0):
+                if stored.exists():
+                    continue
+                print(f"== {one.task}: {one.label}", flush=True)
+                recipe = recipe_of(one, arguments.data, facts, folder)
+                record = load_record(run(recipe, progress=TerminalProgress()))
+                write_atomically(stored, json.dumps(figures(one, record), indent=1) + "\n")
+        except Timeout:
+            print(f"{one.task}/{one.label}: another process is at it", flush=True)
+        except ForgetlessError as error:
+            print(f"{one.task}/{one.label}: {error}", flush=True)
 
 
-def with_facts(recipe: Recipe, facts: Path) -> Recipe:
-    """The recipe with world facts as one more retention item."""
-    item = EvaluationItem(
-        name="world facts", path=facts, limit=100, metrics=("kl", "nll", "greedy_match")
-    )
-    retention = [*recipe.evaluation.retention, item]
-    evaluation = recipe.evaluation.model_copy(update={"retention": retention})
-    return recipe.model_copy(update={"evaluation": evaluation})
+def recipe_of(one: SmallRun, data: Path, facts: dict[str, Path], folder: Path) -> Recipe:
+    """The task's recipe with one run's method, rate and regulariser."""
+    changes: dict[str, Any] = {
+        "label": one.label,
+        "method": one.method,
+        "training.learning_rate": one.rate,
+        **{f"training.{key}": value for key, value in one.training.items()},
+        "evaluation.scales": SCALES.get(one.label, []),
+        "output": str(folder),
+    }
+    tree = yaml.safe_load(RECIPES[one.task].read_text(encoding="utf-8"))
+    sides = ("gain", "retention")
+    if one.task == "gsm8k":
+        item = {"name": "world facts", "path": "evaluation_facts.jsonl", "limit": 100}
+        item["metrics"] = ["kl", "nll", "greedy_match"]
+        changes["evaluation.retention"] = tree["evaluation"]["retention"] = [
+            *tree["evaluation"]["retention"],
+            item,
+        ]
+    specs = {key: tree[key] for key in ("train_data", "preserve_data")}
+    specs |= {f"evaluation.{s}.{i}": e for s in sides for i, e in enumerate(tree["evaluation"][s])}
+    for key, spec in specs.items():
+        if "path" in spec:
+            made = facts.get(Path(spec["path"]).stem)
+            changes[f"{key}.path"] = str(made or data / spec["path"])
+    overrides = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+    return load_recipe(RECIPES[one.task], overrides)
+
+
+def figures(one: SmallRun, record: Record) -> dict[str, Any]:
+    """What is published of a run: no rows, no paths."""
+    training = record.training
+    return {
+        "task": one.task,
+        "name": one.name,
+        "learning_rate": one.rate,
+        "method": record.method,
+        "training": one.training,
+        "seed": record.seed,
+        "created": record.created,
+        "git_commit": record.git_commit,
+        "versions": record.versions,
+        "hardware": record.hardware | {"threads": os.environ.get("OMP_NUM_THREADS", "all")},
+        "model": record.model.model_dump(),
+        "data": [d.model_dump() | {"source": Path(d.source).name} for d in record.data],
+        "steps": training.steps,
+        "tokens": training.tokens,
+        "trainable_parameters": training.trainable_parameters,
+        "warnings": len(record.warnings),
+        "seconds": record.phases,
+        "processor_seconds": record.processor,
+        "evaluation": _report(record.evaluation),
+        "scaled": [_report(report) for report in record.scaled],
+    }
+
+
+def _report(report: EvaluationReport) -> dict[str, Any]:
+    moved = report.movement
+    return {
+        "scale": report.scale,
+        "items": [i.model_dump(include={"name", "side", "rows", "metrics"}) for i in report.items],
+        "movement": None if moved is None else moved.model_dump(exclude={"layers"}),
+    }
 
 
 if __name__ == "__main__":

@@ -133,6 +133,8 @@ class Clock:
 
     Attributes:
         phases: Seconds by phase, over all attempts.
+        processor: Seconds of processor time by phase, all threads: what else the machine does
+            hardly counts.
         created: When the first attempt began, ISO 8601, UTC.
     """
 
@@ -140,19 +142,23 @@ class Clock:
         """Go on from the file where there is one; a damaged one is only a loss of timings."""
         self._path = path
         self.phases: dict[str, float] = {}
+        self.processor: dict[str, float] = {}
         self.created = datetime.now(UTC).isoformat(timespec="seconds")
-        self._phase, self._since = "", 0.0
+        self._phase, self._since, self._worked = "", 0.0, 0.0
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
             self.phases = {str(k): float(v) for k, v in stored["phases"].items()}
             self.created = str(stored["created"])
+            # Folders of earlier versions lack it: their record then holds none of what went before.
+            self.processor = {str(k): float(v) for k, v in stored.get("processor", {}).items()}
         except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
-            self.phases = {}
+            self.phases, self.processor = {}, {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count the block's time, also where it ends in an error."""
-        self._phase, self._since = name, time.perf_counter()
+        self._phase = name
+        self._since, self._worked = time.perf_counter(), time.process_time()
         try:
             yield
         finally:
@@ -164,10 +170,12 @@ class Clock:
             self._bank()
 
     def _bank(self) -> None:
-        now = time.perf_counter()
+        now, worked = time.perf_counter(), time.process_time()
         self.phases[self._phase] = self.phases.get(self._phase, 0.0) + now - self._since
-        self._since = now
-        content = {"created": self.created, "phases": self.phases}
+        spent = self.processor.get(self._phase, 0.0) + worked - self._worked
+        self.processor[self._phase] = spent
+        self._since, self._worked = now, worked
+        content = {"created": self.created, "phases": self.phases, "processor": self.processor}
         write_atomically(self._path, json.dumps(content, indent=1) + "\n")
 
 

@@ -199,7 +199,7 @@ class _Run:
             )
             write_card(self.folder.adapter, card_facts(record))
             write_report([record], self.folder.report)
-        record.phases = self.clock.phases
+        record.phases, record.processor = self.clock.phases, self.clock.processor
         # Last of all: a record says that the run is finished.
         return save_record(record, self.folder.record)
 

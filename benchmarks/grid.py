@@ -1,0 +1,86 @@
+"""What small_runs.py runs: methods at two rates, regularisers on two methods, by task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+RANK = 32
+RATES = (2e-4, 1e-3)
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"name": "lora"},
+    "lora-null v2": {"name": "lora-null", "trains": "b"},
+    "lora-wd": {"name": "lora-wd"},
+    "lora-null v1": {"name": "lora-null", "trains": "both"},
+    "sc-lora 0.5": {"name": "sc-lora", "beta": 0.5},
+    "sc-lora 0.8": {"name": "sc-lora", "beta": 0.8},
+    "sc-lora auto": {"name": "sc-lora", "beta": "auto"},
+    "sc-lora 0.8, B frozen": {"name": "sc-lora", "beta": 0.8, "trains": "a"},
+    "contrastive": {"name": "contrastive"},
+    "milora": {"name": "milora"},
+    "corda kpm": {"name": "corda", "mode": "kpm"},
+    "mica": {"name": "mica"},
+    "pissa": {"name": "pissa"},
+    "olora": {"name": "olora"},
+    "corda ipm": {"name": "corda", "mode": "ipm"},
+    "eva": {"name": "eva"},
+    "astra": {"name": "astra"},
+    "lora-ga": {"name": "lora-ga"},
+}
+REGULARISERS = ("drift", "kl", "replay", "penalty", "project")
+REGULARISED = ("lora", "lora-null v2")
+REGULARISED_RATE = 1e-3
+TASKS = ("gsm8k", "demo")
+
+
+@dataclass(frozen=True)
+class SmallRun:
+    """One cell of the grid.
+
+    Attributes:
+        task: `gsm8k` or `demo`.
+        name: The method's name here, or that of a regulariser on a method.
+        rate: Learning rate.
+        method: As in a recipe.
+        training: What else a recipe's `training` says.
+    """
+
+    task: str
+    name: str
+    rate: float
+    method: dict[str, Any]
+    training: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        """Name and rate."""
+        return f"{self.name} {self.rate:g}"
+
+    @property
+    def slug(self) -> str:
+        """The label as the name of a file."""
+        return self.label.replace(",", "").replace(" + ", "+").replace(" ", "-")
+
+
+def small_runs() -> list[SmallRun]:
+    """All of them, what matters most first."""
+    found = []
+    for task in TASKS:
+        for name in REGULARISED:
+            found += [_run(task, name, rate) for rate in RATES]
+    for task in TASKS:
+        for name in METHODS:
+            if name not in REGULARISED:
+                found += [_run(task, name, rate) for rate in RATES]
+        for name in REGULARISED:
+            for regulariser in REGULARISERS:
+                if regulariser == "project" and METHODS[name].get("trains") == "b":
+                    continue  # it projects the update of A, which is frozen there
+                found.append(_run(task, name, REGULARISED_RATE, regulariser))
+    return found
+
+
+def _run(task: str, name: str, rate: float, regulariser: str | None = None) -> SmallRun:
+    label = name if regulariser is None else f"{name} + {regulariser}"
+    training = {} if regulariser is None else {"regularisers": [{"name": regulariser}]}
+    return SmallRun(task, label, rate, {"rank": RANK, **METHODS[name]}, training)
