@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from forgetless.calibration.weights import SourceWeights
 from forgetless.data.spec import DataSpec, parse_data
 from forgetless.data.validation import validated
 from forgetless.errors import ForgetlessError, RecipeError
@@ -45,12 +46,14 @@ class CalibrationRecipe(_Part):
     """How second moments are collected.
 
     Attributes:
+        source_weights: Of several sources: `tokens` counts every token once, `equal` every source.
         batch_size: Rows a forward pass; the moments do not depend on it.
         min_tokens: Kept tokens below which calibration is refused; the width of the widest site
             where it is not given, for methods that use bottom directions.
         cache: Whether moments are kept under their fingerprint and taken from there.
     """
 
+    source_weights: SourceWeights = "tokens"
     batch_size: int = Field(default=8, ge=1)
     min_tokens: int | None = Field(default=None, ge=1)
     cache: bool = True

@@ -487,6 +487,7 @@ def test_a_recipe_whose_regulariser_lacks_data_or_a_form_is_refused(make_recipe)
 def _as_an_earlier_version_wrote(tree: dict) -> dict:
     """A recipe without the keys that came later."""
     assert tree.pop("quantization") == "none"
+    assert tree["calibration"].pop("source_weights") == "tokens"
     assert tree["training"].pop("regularisers") == []
     assert tree["training"].pop("lora_plus_ratio") is None
     assert tree["evaluation"].pop("lm_eval") is None
@@ -528,3 +529,22 @@ def test_a_start_is_named_as_by_the_first_version(make_recipe, method, origin):
     """Hashes that the first version gave these starts, so that its checkpoints are known again."""
     attached = calibrate_only(make_recipe(method={"name": method, "rank": 4}))
     assert attached.origin == origin
+
+
+def test_sources_of_equal_weight_are_another_start(make_recipe):
+    """Of one source the weight says nothing, and the start is the same."""
+
+    def origin(folder: str, weights: str, *, is_split: bool) -> str:
+        spec = make_recipe().resolved()["preserve_data"][0]
+        parts = [{**spec, "rows": [0, 10]}, {**spec, "rows": [10, 24]}]
+        recipe = make_recipe(
+            preserve_data=parts if is_split else spec,
+            calibration={"source_weights": weights},
+            output=folder,
+        )
+        return calibrate_only(recipe).origin
+
+    folder = str(make_recipe().output)
+    by_tokens = origin(f"{folder}-1", "tokens", is_split=True)
+    assert origin(f"{folder}-2", "equal", is_split=True) != by_tokens
+    assert origin(f"{folder}-3", "equal", is_split=False) == "35e30a95aec58e3d"

@@ -25,6 +25,7 @@ TEXTS = [f"The capital of country {i} is city {i * 7 % 13}." for i in range(30)]
         ({"batch_size": 0}, r"^batch_size: expected a whole number, 1 or more, got 0"),
         ({"batch_size": 2.5}, r"^batch_size: .*got 2\.5"),
         ({"batch_size": True}, r"^batch_size: .*got True"),
+        ({"source_weights": "rows"}, r"^source_weights: expected tokens or equal, got 'rows'"),
         ({"min_tokens": 0}, r"^min_tokens: .*got 0"),
         ({"seed": -1}, r"^seed: expected a whole number, 0 to 2\*\*63 - 1, got -1"),
         ({"seed": 2**63}, r"^seed: "),

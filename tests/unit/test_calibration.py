@@ -17,6 +17,7 @@ from forgetless.calibration import memory, store
 from forgetless.calibration.calibrate import calibrate, check_token_count
 from forgetless.calibration.engine import SiteMoments, collect_moments
 from forgetless.calibration.store import load_moments, moments_key, moments_path, save_moments
+from forgetless.calibration.weights import SourceWeights
 from forgetless.data.rows import Row, RowSet
 from forgetless.data.spec import DataSpec
 from forgetless.data.tokens import Batch, TokenRow, make_batches
@@ -324,6 +325,44 @@ def test_the_cache_is_used_when_it_matches_and_replaced_when_damaged(
         tiny_model.get_input_embeddings().weight.add_(1e-3)
     run()
     assert len(list(tmp_path.glob("moments-*.safetensors"))) == 2
+
+
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_sources_of_equal_weight_give_the_mean_of_their_means(
+    tiny_model: nn.Module,
+    tiny_tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    is_cached: bool,
+) -> None:
+    """A short source counts as much as a long one; by tokens it counts by its length."""
+    targets = find_targets(tiny_model).targets
+    texts = [["a b c"], [f"the apple {i} is red and ripe" for i in range(40)], ["x y", "z"]]
+    sources = [
+        RowSet(DataSpec(examples=["x"]), tuple(Row("", text) for text in one)) for one in texts
+    ]
+    cache = tmp_path if is_cached else None
+
+    def moments(rows: list[RowSet], weights: SourceWeights) -> SiteMoments:
+        return calibrate(
+            tiny_model, tiny_tokenizer, targets, rows, source_weights=weights, cache=cache
+        )
+
+    alone = [moments([source], "tokens") for source in sources]
+    for name in targets:
+        parts = [one.of(name) for one in alone]
+        counts = [part.num_tokens for part in parts]
+        assert max(counts) > 20 * min(counts)
+        for weights, shares in (
+            ("equal", [1 / 3] * 3),
+            ("tokens", [count / sum(counts) for count in counts]),
+        ):
+            found = moments(sources, weights).of(name)
+            pairs = list(zip(shares, parts, strict=True))
+            wanted_DD = sum(share * part.mean_DD().double() for share, part in pairs)
+            wanted_D = sum(share * part.mean_D().double() for share, part in pairs)
+            torch.testing.assert_close(found.mean_DD().double(), wanted_DD, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(found.mean_D().double(), wanted_D, rtol=1e-5, atol=1e-6)
+            assert found.num_tokens == sum(counts)
 
 
 def test_too_few_tokens_say_how_many_are_missing() -> None:

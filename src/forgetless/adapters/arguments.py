@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import get_args
 
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from forgetless.calibration.weights import SourceWeights
 from forgetless.errors import AdapterError
 from forgetless.models.untouched import refuse_touched_base
 
@@ -20,6 +22,7 @@ def check_arguments(
     model: object,
     tokenizer: object,
     *,
+    source_weights: object,
     batch_size: object,
     min_tokens: object,
     cache: Path | None,
@@ -43,6 +46,11 @@ def check_arguments(
         raise AdapterError(
             f"tokenizer: expected the model's tokenizer, got {type(tokenizer).__name__}; "
             "load it with AutoTokenizer and call attach(model, tokenizer, ...)"
+        )
+    if source_weights not in get_args(SourceWeights):
+        raise AdapterError(
+            f"source_weights: expected {' or '.join(get_args(SourceWeights))}, got "
+            f"{source_weights!r}; take tokens to count every token once"
         )
     _check_whole("batch_size", batch_size, 1, "rows in a forward pass, such as 8")
     if min_tokens is not None:

@@ -21,6 +21,7 @@ from forgetless.adapters.start import LayerStart, first_gradient, start_layers
 from forgetless.adapters.variant import LIVE_BOTH
 from forgetless.calibration.calibrate import calibrate, check_token_count
 from forgetless.calibration.engine import SiteMoments
+from forgetless.calibration.weights import SourceWeights
 from forgetless.data.loading import load_rows
 from forgetless.data.overlap import refuse_overlap
 from forgetless.data.rows import RowSet
@@ -72,6 +73,7 @@ def attach(
     preserve_data: DataInput | None = None,
     train_data: DataInput | None = None,
     targets: Sequence[str] | None = None,
+    source_weights: SourceWeights = "tokens",
     batch_size: int = 8,
     min_tokens: int | None = None,
     cache: Path | str | None = None,
@@ -92,6 +94,8 @@ def attach(
         train_data: What is to be learned; only for methods that need it.
         targets: Module names as in PEFT's `target_modules`; by default every linear layer but the
             head.
+        source_weights: Of several sources of a role: "tokens" counts every token once, "equal"
+            every source once, however long it is.
         batch_size: Rows in a calibration forward pass; the result does not depend on it.
         min_tokens: Fewest preserve tokens to accept, in place of the widest site's width.
         cache: Folder to keep second moments and `self` samples in; none by default.
@@ -108,6 +112,7 @@ def attach(
     check_arguments(
         model,
         tokenizer,
+        source_weights=source_weights,
         batch_size=batch_size,
         min_tokens=min_tokens,
         cache=folder,
@@ -134,6 +139,7 @@ def attach(
         method=made,
         row_sets=row_sets,
         targets=targets,
+        source_weights=source_weights,
         batch_size=batch_size,
         min_tokens=min_tokens,
         cache=folder,
@@ -152,6 +158,7 @@ def attach_rows(
     gradients: Mapping[str, Tensor] | None = None,
     also: frozenset[Role] = frozenset(),
     targets: Sequence[str] | None = None,
+    source_weights: SourceWeights = "tokens",
     batch_size: int = 8,
     min_tokens: int | None = None,
     cache: Path | None = None,
@@ -189,6 +196,7 @@ def attach_rows(
             selection.targets,
             row_sets[role],
             batch_size=batch_size,
+            source_weights=source_weights,
             cache=cache,
             progress=_for_role(progress, role),
         )
@@ -209,7 +217,7 @@ def attach_rows(
     starts = start_layers(
         peft_model, method, selection.targets, moments, gradients or {}, adapter, seed
     )
-    origin = _origin(method, row_sets, selection.targets, seed)
+    origin = _origin(method, row_sets, selection.targets, source_weights, seed)
     return Attached(peft_model, method, starts, selection.skipped, moments, origin)
 
 
@@ -217,6 +225,7 @@ def _origin(
     method: Method,
     row_sets: Mapping[Role, Sequence[RowSet]],
     targets: Mapping[str, Target],
+    source_weights: SourceWeights,
     seed: int,
 ) -> str:
     """16 hex digits; not of the solved tensors, whose last bits depend on the number of threads.
@@ -227,6 +236,8 @@ def _origin(
     data = {role: [rows.fingerprint for rows in row_sets[role]] for role in roles}
     options = {k: v for k, v in asdict(method).items() if (k, v) not in _LATER_OPTIONS}
     described = [method.name, options, data, sorted(targets), seed]
+    if source_weights != "tokens" and any(len(sources) > 1 for sources in data.values()):
+        described.append(source_weights)
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from forgetless.calibration.engine import SiteMoments, collect_moments
 from forgetless.calibration.store import load_moments, moments_key, moments_path, save_moments
+from forgetless.calibration.weights import SourceWeights, WeighedSources
 from forgetless.data.pairs import PairBatch, make_pair_batches, tokenize_pairs
 from forgetless.data.rows import RowSet
 from forgetless.data.tokens import Batch, TokenRow, make_batches, pad_token_id, tokenize
@@ -26,15 +27,18 @@ def calibrate(
     row_sets: Sequence[RowSet],
     *,
     batch_size: int = 8,
+    source_weights: SourceWeights = "tokens",
     cache: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> SiteMoments:
-    """Second moments of the base over all row sets, each token with the same weight; cached.
+    """Second moments of the base over all row sets; cached for each.
 
-    An encoder-decoder reads prompts with its encoder and completions with its decoder.
+    `source_weights` says whether every token has the same weight, or every row set. An
+    encoder-decoder reads prompts with its encoder and completions with its decoder.
     """
     total, done = sum(len(rows.rows) for rows in row_sets), 0
-    merged: SiteMoments | None = None
+    # The mean of one source is its own; rounding stays out of it.
+    sources = WeighedSources(source_weights if len(row_sets) > 1 else "tokens")
     shelf = _Shelf(cache, model, targets) if cache is not None else None
     pairs = base_of(model).config.is_encoder_decoder
     padding = pad_token_id(tokenizer)
@@ -67,13 +71,8 @@ def calibrate(
             )
             if shelf is not None:
                 shelf.put(part, tokens, rows)
-        if merged is None:
-            merged = part
-        else:
-            for site, moment in part.moments.items():
-                merged.moments[site].merge_(moment)
-    assert merged is not None  # callers pass at least one row set
-    return merged
+        sources.add(part)
+    return sources.total()
 
 
 class _Shelf:

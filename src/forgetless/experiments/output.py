@@ -35,6 +35,7 @@ _MEASURING = frozenset({"evaluation", *SHOWING})
 # Keys that folders of earlier versions lack, by part, with what those versions did.
 _ADDED: Mapping[str | None, Mapping[str, Any]] = {
     None: {"quantization": "none"},
+    "calibration": {"source_weights": "tokens"},
     "training": {"lora_plus_ratio": None, "regularisers": []},
     "evaluation": {"lm_eval": None},
 }

@@ -264,6 +264,7 @@ class _Run:
             row_sets={"train": data.train, "preserve": data.preserve},
             also=calibrated_for(self.recipe),
             targets=self.recipe.targets,
+            source_weights=self.recipe.calibration.source_weights,
             batch_size=self.recipe.calibration.batch_size,
             min_tokens=self.recipe.calibration.min_tokens,
             cache=self.cache if self.recipe.calibration.cache else None,

@@ -84,6 +84,11 @@ class SecondMoment:
         self.num_tokens += other.num_tokens
         self.num_samples += other.num_samples
 
+    def weigh_(self, factor: float) -> None:
+        """Multiply both sums, so that each token counts `factor` times; the counts stay."""
+        self.sum_DD.mul_(factor)
+        self.sum_D.mul_(factor)
+
     def mean_DD(self) -> Tensor:
         """E[x xᵀ], symmetrised, (D, D); zeros where no token was counted."""
         mean_DD = self.sum_DD / max(self.num_tokens, 1)

@@ -21,6 +21,7 @@ from forgetless.adapters.in_place import check_startable
 from forgetless.adapters.peft_layers import refuse_unholdable
 from forgetless.calibration.engine import SiteMoments, collect_moments
 from forgetless.calibration.gradients import collect_gradients
+from forgetless.calibration.weights import SourceWeights
 from forgetless.data.loading import load_rows
 from forgetless.data.overlap import refuse_overlap
 from forgetless.data.rows import Row, RowSet
@@ -45,6 +46,7 @@ def initialize(
     train_rows: int = 512,
     tokens: Tokens = "all",
     targets: Sequence[str] | None = None,
+    source_weights: SourceWeights = "tokens",
     batch_size: int = 8,
     min_tokens: int | None = None,
     cache: Path | str | None = None,
@@ -68,6 +70,7 @@ def initialize(
         tokens: Which tokens of the trainer's data count: `all` but padding, or those that its loss
             looks at (`completion`).
         targets: Layers of a new adapter, as for `attach`.
+        source_weights: How several sources of preserve data count, as for `attach`.
         batch_size: Rows in a calibration forward pass.
         min_tokens: Fewest preserve tokens to accept, in place of the widest site's width.
         cache: Folder to keep second moments of preserve data and `self` samples in.
@@ -88,6 +91,7 @@ def initialize(
     check_arguments(
         trainer.model,
         tokenizer,
+        source_weights=source_weights,
         batch_size=batch_size,
         min_tokens=min_tokens,
         cache=folder,
@@ -124,6 +128,7 @@ def initialize(
             collected=collected,
             gradients=gradients,
             targets=targets,
+            source_weights=source_weights,
             batch_size=batch_size,
             min_tokens=min_tokens,
             cache=folder,
