@@ -32,7 +32,7 @@ from forgetless.recipe import Recipe, load_recipe
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "small_runs"
 RECIPES = {"gsm8k": HERE.parent / "recipes" / "gsm8k.yaml", "demo": HERE / "demo_task.yaml"}
-# Rows of each evaluation item: two cores measure for longer than they train, and long rows cost most.
+# Rows of each evaluation item: two cores measure for longer than they train.
 ROWS = {
     "GSM8K": 60,
     "family relationships": 80,
