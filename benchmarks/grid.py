@@ -1,4 +1,4 @@
-"""What small_runs.py runs: methods at two rates, regularisers on two methods, by task."""
+"""What small_runs.py runs: methods, regularisers, and data to calibrate on."""
 
 from __future__ import annotations
 
@@ -31,6 +31,32 @@ REGULARISERS = ("drift", "kl", "replay", "penalty", "project")
 REGULARISED = ("lora", "lora-null v2")
 REGULARISED_RATE = 1e-3
 TASKS = ("gsm8k", "demo")
+# Of about 12 thousand tokens each, but for the few samples.
+SOURCES: dict[str, dict[str, Any]] = {
+    "QA": {
+        "path": "nq_open_dev.jsonl",
+        "rows": [0, 1800],
+        "prompt": "Question: {question}?\nAnswer:",
+        "completion": " {answer}",
+        "max_length": 64,
+        "limit": 600,
+    },
+    "self": {"self": True, "rows": [0, 200], "max_length": 64},
+    "few self": {"self": True, "rows": [0, 32], "max_length": 64},
+    "text": {"path": "manual_calibration.jsonl", "max_length": 64, "limit": 200},
+}
+# What LoRA-Null v2 is calibrated on, and how its sources count.
+CALIBRATIONS: dict[str, tuple[tuple[str, ...], str]] = {
+    "QA": (("QA",), "tokens"),
+    "self": (("self",), "tokens"),
+    "text": (("text",), "tokens"),
+    "QA, self": (("QA", "self"), "equal"),
+    "QA, text": (("QA", "text"), "equal"),
+    "self, text": (("self", "text"), "equal"),
+    "QA, self, text": (("QA", "self", "text"), "equal"),
+    "QA, few self": (("QA", "few self"), "equal"),
+    "QA, few self, by tokens": (("QA", "few self"), "tokens"),
+}
 
 
 @dataclass(frozen=True)
@@ -38,11 +64,13 @@ class SmallRun:
     """One cell of the grid.
 
     Attributes:
-        task: `gsm8k` or `demo`.
+        task: `gsm8k` or `demo`; `calibration` is GSM8K measured on more sets.
         name: The method's name here, or that of a regulariser on a method.
         rate: Learning rate.
         method: As in a recipe.
         training: What else a recipe's `training` says.
+        sources: Names in SOURCES of what to calibrate on; the task's own where there are none.
+        source_weights: As in a recipe's `calibration`.
     """
 
     task: str
@@ -50,6 +78,8 @@ class SmallRun:
     rate: float
     method: dict[str, Any]
     training: dict[str, Any]
+    sources: tuple[str, ...] = ()
+    source_weights: str = "tokens"
 
     @property
     def label(self) -> str:
@@ -68,6 +98,10 @@ def small_runs() -> list[SmallRun]:
     for task in TASKS:
         for name in REGULARISED:
             found += [_run(task, name, rate) for rate in RATES]
+    found.append(_run("calibration", "lora", REGULARISED_RATE))
+    for name, (sources, weights) in CALIBRATIONS.items():
+        method = {"rank": RANK, **METHODS["lora-null v2"]}
+        found.append(SmallRun("calibration", name, REGULARISED_RATE, method, {}, sources, weights))
     for task in TASKS:
         for name in METHODS:
             if name not in REGULARISED:

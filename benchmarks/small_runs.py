@@ -18,7 +18,8 @@ from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
-from grid import SmallRun, small_runs
+from grid import SOURCES, SmallRun, small_runs
+from texts import write_texts
 
 from forgetless.atomic import write_atomically
 from forgetless.console import TerminalProgress
@@ -31,7 +32,8 @@ from forgetless.recipe import Recipe, load_recipe
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "small_runs"
-RECIPES = {"gsm8k": HERE.parent / "recipes" / "gsm8k.yaml", "demo": HERE / "demo_task.yaml"}
+GSM8K = HERE.parent / "recipes" / "gsm8k.yaml"
+RECIPES = {"gsm8k": GSM8K, "calibration": GSM8K, "demo": HERE / "demo_task.yaml"}
 # Rows of each evaluation item: two cores measure for longer than they train.
 ROWS = {
     "GSM8K": 60,
@@ -40,6 +42,19 @@ ROWS = {
     "WebQuestions": 100,
     "own text": 50,
     "world facts": 60,
+    "manual": 50,
+    "story": 50,
+}
+FACTS = {"path": "evaluation_facts.jsonl", "metrics": ["kl", "nll", "greedy_match"]}
+# Retention items beyond those of the task's recipe.
+FURTHER: dict[str, list[dict[str, Any]]] = {
+    "gsm8k": [{"name": "world facts", **FACTS}],
+    "calibration": [
+        {"name": "world facts", **FACTS},
+        {"name": "manual", "path": "manual_evaluation.jsonl", "max_length": 64},
+        {"name": "story", "path": "story_evaluation.jsonl", "max_length": 64},
+    ],
+    "demo": [],
 }
 # Plain LoRA turned down, for its retention at other methods' gain.
 SCALES = {"lora 0.001": [0.1, 0.25, 0.5, 0.75]}
@@ -52,7 +67,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="TASK/NAME, without the rate")
     parser.add_argument("--list", action="store_true", help="say what is left to do")
     arguments = parser.parse_args()
-    facts = demo_specs().write(arguments.work / "data")
+    made = demo_specs().write(arguments.work / "data") | write_texts(arguments.work / "data")
     for one in small_runs():
         stored = RESULTS / one.task / f"{one.slug}.json"
         if stored.exists() or (arguments.only and f"{one.task}/{one.name}" not in arguments.only):
@@ -67,7 +82,7 @@ def main() -> None:
                 if stored.exists():
                     continue
                 print(f"== {one.task}: {one.label}", flush=True)
-                recipe = recipe_of(one, arguments.data, facts, folder)
+                recipe = recipe_of(one, arguments.data, made, folder)
                 record = load_record(run(recipe, progress=TerminalProgress()))
                 write_atomically(stored, json.dumps(figures(one, record), indent=1) + "\n")
         except Timeout:
@@ -76,33 +91,36 @@ def main() -> None:
             print(f"{one.task}/{one.label}: {error}", flush=True)
 
 
-def recipe_of(one: SmallRun, data: Path, facts: dict[str, Path], folder: Path) -> Recipe:
-    """The task's recipe with one run's method, rate and regulariser."""
+def recipe_of(one: SmallRun, data: Path, made: dict[str, Path], folder: Path) -> Recipe:
+    """The task's recipe with one run's method, rate, regulariser and sources.
+
+    Files that are `made` here go before those of `data`.
+    """
+
+    def placed(spec: dict[str, Any]) -> dict[str, Any]:
+        if "path" not in spec:
+            return spec
+        return spec | {"path": str(made.get(Path(spec["path"]).stem, data / spec["path"]))}
+
+    tree = yaml.safe_load(RECIPES[one.task].read_text(encoding="utf-8"))
+    evaluation = tree["evaluation"]
+    evaluation["retention"] += FURTHER[one.task]
+    preserve = [SOURCES[name] for name in one.sources] or [tree["preserve_data"]]
     changes: dict[str, Any] = {
         "label": one.label,
         "method": one.method,
+        "train_data": placed(tree["train_data"]),
+        "preserve_data": [placed(spec) for spec in preserve],
+        "calibration.source_weights": one.source_weights,
         "training.learning_rate": one.rate,
         **{f"training.{key}": value for key, value in one.training.items()},
         "evaluation.scales": SCALES.get(one.label, []),
         "output": str(folder),
     }
-    tree = yaml.safe_load(RECIPES[one.task].read_text(encoding="utf-8"))
-    sides = ("gain", "retention")
-    evaluation = tree["evaluation"]
-    if one.task == "gsm8k":
-        metrics = ["kl", "nll", "greedy_match"]
-        facts_item = {"name": "world facts", "path": "evaluation_facts.jsonl", "metrics": metrics}
-        evaluation["retention"].append(facts_item)
-    for side in sides:
-        for item in evaluation[side]:
-            item["limit"] = ROWS[item["name"]]
-        changes[f"evaluation.{side}"] = evaluation[side]
-    specs = {key: tree[key] for key in ("train_data", "preserve_data")}
-    specs |= {f"evaluation.{s}.{i}": e for s in sides for i, e in enumerate(evaluation[s])}
-    for key, spec in specs.items():
-        if "path" in spec:
-            made = facts.get(Path(spec["path"]).stem)
-            changes[f"{key}.path"] = str(made or data / spec["path"])
+    for side in ("gain", "retention"):
+        changes[f"evaluation.{side}"] = [
+            placed(item) | {"limit": ROWS[item["name"]]} for item in evaluation[side]
+        ]
     overrides = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
     return load_recipe(RECIPES[one.task], overrides)
 
@@ -116,6 +134,8 @@ def figures(one: SmallRun, record: Record) -> dict[str, Any]:
         "learning_rate": one.rate,
         "method": record.method,
         "training": one.training,
+        "sources": one.sources,
+        "source_weights": one.source_weights,
         "seed": record.seed,
         "created": record.created,
         "git_commit": record.git_commit,
