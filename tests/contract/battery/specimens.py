@@ -1,8 +1,8 @@
 """What the battery looks at: a variant attached to a tiny base of each kind of layer.
 
-Each base has one block with square, wide (8 x 16, 16 x 24) and tall (24 x 16) layers. Kinds of layer
-and ranks are paired, not multiplied: where a layer's bias is and how wide its adapter is meet
-nowhere in the code.
+Each base has one block with square, wide (8 x 16, 16 x 24) and tall (24 x 16) layers. Kinds of
+layer and ranks are paired, not multiplied: a layer's bias and the width of its adapter meet nowhere
+in the code.
 """
 
 from __future__ import annotations

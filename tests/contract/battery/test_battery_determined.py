@@ -1,7 +1,7 @@
 """What a start depends on: the seed where the method draws, and the data; nothing else.
 
-On one kind of layer: how rows are batched is settled before a layer is looked at. In float64, so that
-a difference is one of the data read and not of rounding.
+On one kind of layer: how rows are batched is settled before a layer is looked at. In float64, so
+that a difference is one of the data read and not of rounding.
 """
 
 from __future__ import annotations

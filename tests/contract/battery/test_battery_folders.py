@@ -116,8 +116,8 @@ def test_a_merged_model_opens_with_transformers_alone(
 
 
 def assert_close(found: torch.Tensor, specimen: Specimen) -> None:
-    """To the rounding of the base's dtype, which is far below what training changed."""
-    tolerance = 2e-2 if specimen.case.dtype == torch.bfloat16 else 1e-5
-    scale = specimen.tuned.abs().max()
-    assert (found - specimen.tuned).abs().max() <= tolerance * scale
-    assert (specimen.tuned - specimen.base_logits).abs().max() > 2 * tolerance * scale
+    """To the rounding of the base's dtype, far below what training changed."""
+    tolerance = 3e-2 if specimen.case.dtype == torch.bfloat16 else 1e-5
+    size = specimen.tuned.norm()
+    assert (found - specimen.tuned).norm() <= tolerance * size
+    assert (specimen.tuned - specimen.base_logits).norm() > 5 * tolerance * size

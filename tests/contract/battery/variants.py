@@ -1,7 +1,7 @@
 """Every method in every form and mode, read off METHODS: a new one is in the battery unasked.
 
-One option is changed at a time, and pairs where two of them meet in the code. What all methods share
-(`alpha`, `rslora`) is tried once a form.
+One option is changed at a time, and pairs where two of them meet in the code. What all methods
+share (`alpha`, `rslora`) is tried once a form.
 """
 
 from __future__ import annotations
