@@ -1,4 +1,7 @@
-"""attach → train → export, for every method: starts at the base, serves from peft alone."""
+"""attach → train → export: what an export is, whose it is, and what is refused.
+
+That every method starts at the base and comes back from its folders is the battery's to test.
+"""
 
 from __future__ import annotations
 
@@ -17,24 +20,12 @@ from forgetless.adapters.export import export, save_merged
 from forgetless.adapters.load import load_adapter
 from forgetless.adapters.round_trip import check_round_trip
 from forgetless.errors import AdapterError, ArtefactError, CalibrationError, MethodError
-from forgetless.methods import METHODS
 
 IDS = torch.arange(5, 29).reshape(2, 12)
 PRESERVE = [
     f"The capital of country {i} is city {i * 7 % 13}, and it rains there." for i in range(40)
 ]
 TRAIN = [f"Question: {i} apples and {i} apples? Answer: {2 * i} apples." for i in range(40)]
-VARIANTS: list[dict[str, object]] = [
-    *({"name": name} for name in METHODS),
-    {"name": "lora-null", "trains": "both"},
-    {"name": "lora-null", "start": "basis"},
-    {"name": "sc-lora", "trains": "a"},
-    {"name": "sc-lora", "negative": "drop", "beta": 0.9},
-    {"name": "sc-lora", "beta": "auto"},
-    {"name": "corda", "mode": "ipm"},
-    {"name": "eva", "centred": False},
-    {"name": "pissa", "rslora": True},
-]
 
 
 def logits(model: nn.Module) -> torch.Tensor:
@@ -58,35 +49,20 @@ def attached(
 
 
 def train(model: nn.Module, steps: int = 3) -> None:
-    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.Adam(parameters.values(), lr=5e-3)
-    for step in range(steps):
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    for _ in range(steps):
         model(input_ids=IDS, labels=IDS).loss.backward()
-        if step == 0:
-            touched = {n.split(".lora_")[0] for n, p in parameters.items() if p.grad.any()}
-            assert touched == {n.split(".lora_")[0] for n in parameters}, "a layer trains nothing"
         optimizer.step()
         optimizer.zero_grad()
 
 
-@pytest.mark.filterwarnings("ignore::forgetless.errors.ForgetlessWarning")
-@pytest.mark.parametrize("architecture", ["tiny_model", "tiny_gpt2"])
-@pytest.mark.parametrize("method", VARIANTS, ids=lambda m: "-".join(map(str, m.values())))
-def test_a_method_starts_at_the_base_trains_everywhere_and_exports(
-    request: pytest.FixtureRequest,
-    tiny_tokenizer: object,
-    architecture: str,
-    method: dict[str, object],
-    tmp_path: Path,
+@pytest.mark.parametrize("method", ["lora", "sc-lora"])
+def test_half_an_update_is_merged_as_it_is_exported(
+    tiny_model: nn.Module, tiny_tokenizer: object, method: str, tmp_path: Path
 ) -> None:
-    base = request.getfixturevalue(architecture).eval()
-    expected = logits(base)
-    model = attached(base, tiny_tokenizer, method)
-    assert torch.equal(logits(model), expected)
+    model = attached(tiny_model, tiny_tokenizer, {"name": method})
     train(model)
     tuned = logits(model)
-    assert not torch.equal(tuned, expected)
-
     export(model, tmp_path / "adapter")
     trip = check_round_trip(model, tmp_path / "adapter", IDS)
     assert trip.max_difference < 1e-5 * max(trip.max_logit, 1)
@@ -94,19 +70,10 @@ def test_a_method_starts_at_the_base_trains_everywhere_and_exports(
     assert torch.equal(logits(model), tuned)
 
     save_merged(model, tmp_path / "merged", scale=0.5)
-    merged = type(base).from_pretrained(tmp_path / "merged")
+    merged = type(tiny_model).from_pretrained(tmp_path / "merged")
     half = attach_half(model, tmp_path)
     torch.testing.assert_close(logits(merged), half, rtol=1e-4, atol=1e-5)
     assert torch.equal(logits(model), tuned)
-
-    fresh = model.unload()
-    assert torch.equal(logits(fresh), expected)
-    torch.testing.assert_close(
-        logits(PeftModel.from_pretrained(fresh, str(tmp_path / "adapter"))),
-        tuned,
-        rtol=1e-4,
-        atol=1e-5,
-    )
 
 
 def attach_half(model: PeftModel, folder: Path) -> torch.Tensor:
@@ -213,6 +180,26 @@ def test_moments_of_a_base_do_not_depend_on_an_adapter_around_it(
             torch.testing.assert_close(parameter, twin, rtol=0, atol=0)
     with second.disable_adapter():
         assert torch.equal(logits(second), expected)
+
+
+def test_a_refused_start_beside_another_adapter_leaves_that_one_as_it_was(
+    tiny_model: nn.Module, tiny_tokenizer: object
+) -> None:
+    weight = tiny_model.get_submodule("model.layers.1.mlp.down_proj").weight
+    model = attached(tiny_model, tiny_tokenizer, {"name": "lora-null"}, adapter="first")
+    train(model)
+    tuned, kept = logits(model), weight.detach().clone()
+    state = {n: p.requires_grad for n, p in model.named_parameters()}
+    with torch.no_grad():
+        weight[0, 0] = float("nan")
+    with pytest.raises(AdapterError, match=r"layers\.1\.mlp\.down_proj: expected finite weights"):
+        attached(model, tiny_tokenizer, {"name": "sc-lora"}, adapter="second")
+    with torch.no_grad():
+        weight.copy_(kept)
+    assert list(model.peft_config) == [model.active_adapter] == ["first"]
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == state
+    assert torch.equal(logits(model), tuned)
+    train(attached(model, tiny_tokenizer, {"name": "sc-lora"}, adapter="second"))
 
 
 def test_bad_input_is_one_line(

@@ -97,20 +97,6 @@ def test_sc_lora_counts_and_drops_directions_of_negative_reward() -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_is_deterministic_under_its_generator(name: str) -> None:
-    method = make_method(name, rank=2)
-    moments = (moment_of(random(30, 5, seed=seed)) for seed in (1, 2))
-    stats = SiteStatistics(*moments, gradient_OD=random(6, 5, seed=3))
-    first, second = (
-        method.init(LayerWeights("l", random(6, 5)), stats, generator()) for _ in range(2)
-    )
-    assert torch.equal(first.a_RD, second.a_RD)
-    assert torch.equal(first.b_OR, second.b_OR)
-    assert first.a_RD.shape == (2, 5)
-    assert first.b_OR.shape == (6, 2)
-
-
-@pytest.mark.parametrize("name", METHODS)
 def test_a_method_says_what_it_lacks(name: str) -> None:
     method = make_method(name, rank=2)
     for role in method.needs:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from forgetless.adapters.arguments import check_arguments
 from forgetless.adapters.in_place import check_startable
+from forgetless.adapters.load import removal
 from forgetless.adapters.peft_layers import refuse_unholdable
 from forgetless.adapters.start import LayerStart, first_gradient, start_layers
 from forgetless.adapters.variant import LIVE_BOTH
@@ -105,7 +107,8 @@ def attach(
         A `peft.PeftModel` in the training state of `model`.
 
     Raises:
-        ForgetlessError: The message says where, what was expected, what came, and what to do.
+        ForgetlessError: The message says where, what was expected, what came, and what to do. The
+            model is as it was then.
     """
     folder = Path(cache) if cache is not None else None
     check_arguments(
@@ -206,16 +209,21 @@ def attach_rows(
     for role in sorted(method.needs & (method.bottom_roles | {"preserve"})):
         required = role in method.bottom_roles
         check_token_count(moments[role], role, min_tokens, required=required)
-    if isinstance(model, PeftModel) and adapter in model.peft_config:
-        peft_model = model
-    else:
-        peft_model = _add_adapter(model, base, method, selection.targets, adapter)
-    # A folder saved while training holds deviations that PEFT alone would read as an adapter.
-    init = LIVE_BOTH if method.form == "both" else True
-    peft_model.peft_config[adapter].init_lora_weights = init
-    starts = start_layers(
-        peft_model, method, selection.targets, moments, gradients or {}, adapter, seed
-    )
+    with ExitStack() as undo:
+        if isinstance(model, PeftModel) and adapter in model.peft_config:
+            peft_model = model
+        else:
+            undo.callback(removal(model, adapter))
+            if isinstance(model, PeftModel):
+                undo.callback(model.set_adapter, model.active_adapter)
+            peft_model = _add_adapter(model, base, method, selection.targets, adapter)
+        # A folder saved while training holds deviations that PEFT alone would read as an adapter.
+        init = LIVE_BOTH if method.form == "both" else True
+        peft_model.peft_config[adapter].init_lora_weights = init
+        starts = start_layers(
+            peft_model, method, selection.targets, moments, gradients or {}, adapter, seed
+        )
+        undo.pop_all()
     origin = _origin(method, row_sets, selection.targets, source_weights, seed)
     return Attached(peft_model, method, starts, selection.skipped, moments, origin)
 

@@ -41,7 +41,8 @@ def start_layers(
     """Solve layer by layer and fill the adapter's tensors, each layer with a seed of its own.
 
     Raises:
-        AdapterError: PEFT has adapted other layers than the targets.
+        AdapterError: PEFT has adapted other layers than the targets; a layer's weights are not
+            finite.
         MethodError: Data that the method needs are missing.
     """
     layers = adapted_layers(model, adapter)
@@ -65,8 +66,16 @@ def start_layers(
 
 
 def _where_it_can_be_solved(name: str, target: Target) -> LayerWeights:
-    """Weights where the eigensolvers run: torch has none on MPS. Moments follow the weights."""
+    """Weights where the eigensolvers run: torch has none on MPS. Moments follow the weights.
+
+    The solvers fail over NaN without a word of the layer, and a method that only draws would not
+    notice.
+    """
     weight_OD, bias_O = target.weight_OD(), target.bias_O()
+    if not (weight_OD.isfinite().all() and (bias_O is None or bias_O.isfinite().all())):
+        raise AdapterError(
+            f"layer {name}: expected finite weights, got NaN or inf; fetch the base model again"
+        )
     if weight_OD.device.type != "mps":
         return LayerWeights(name, weight_OD, bias_O)
     return LayerWeights(name, weight_OD.cpu(), None if bias_O is None else bias_O.cpu())
