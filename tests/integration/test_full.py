@@ -47,9 +47,8 @@ def adamw(model, base, rows, *, steps, rate, weight_decay=0.0, term=None):
             loss = loss + term(model)
         gradients = torch.autograd.grad(loss, parameters)
         with torch.no_grad():
-            for i, (p, w, g) in enumerate(
-                zip(parameters, base.parameters(), gradients, strict=True)
-            ):
+            named = zip(parameters, base.parameters(), gradients, strict=True)
+            for i, (p, w, g) in enumerate(named):
                 first[i] = 0.9 * first[i] + 0.1 * g
                 second[i] = 0.999 * second[i] + 0.001 * g * g
                 change = p - w
@@ -256,7 +255,7 @@ def test_a_model_that_did_not_move_is_told(tiny_model, tiny_tokenizer, tmp_path)
             copied(tiny_model),
             tiny_tokenizer,
             token_rows(4),
-            options=options(max_steps=1, learning_rate=1e-30),
+            options=options(max_steps=1, learning_rate=1e-60),
             output=tmp_path,
             seed=0,
         )

@@ -72,7 +72,8 @@ def run(
             allow_task_code=allow_task_code,
         )
     record = load_record(path)
-    paths = {"report": path.parent / "report.html", "adapter": path.parent / "adapter"}
+    made_in = str(record.export["folder"])  # adapter, or model
+    paths = {"report": path.parent / "report.html", made_in: path.parent / made_in}
     if as_json:
         named = {"record": path} | paths
         print_json(
@@ -80,7 +81,9 @@ def run(
         )
         return
     print_summary([record])
-    print_text(f"\nReport:  {paths['report']}\nAdapter: {paths['adapter']}")
+    print_text("")
+    for what, where in paths.items():
+        print_text(f"{what.capitalize() + ':':<9}{where}")
 
 
 def calibrate(
