@@ -20,6 +20,7 @@ from forgetless.data.templates import fill
 from forgetless.errors import DataError, RecipeError
 from forgetless.escaping import one_line
 from forgetless.methods import make_any_method
+from forgetless.methods.base import Method
 from forgetless.models.describe import renders_chat
 from forgetless.recipe import Recipe, load_recipe
 
@@ -170,6 +171,7 @@ def _text(
         {"name": name} | (own_held if source is None else source.held)
         for name, source in zip(_item_names(kept), kept, strict=True)
     ]
+    named = {"name": method} | ({"rank": 32} if isinstance(made, Method) else {})
     rate = f"{made.default_learning_rate:g}"
     lines = [
         f"# {one_line(shlex.join(['forgetless', 'run', str(path)]))}",
@@ -179,7 +181,7 @@ def _text(
         "",
         _line("model", model, "hub id, path, or demo"),
         _noted("# quantization: nf4", "or int8, torchao-int8"),
-        _line("method", {"name": method, "rank": 32}, "forgetless methods lists them"),
+        _line("method", named, "forgetless methods lists them"),
         "",
         "# What is to be learned. {column} is filled in from each row.",
         "train_data:",
