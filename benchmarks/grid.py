@@ -7,6 +7,8 @@ from typing import Any
 
 RANK = 32
 RATES = (2e-4, 1e-3)
+# Where one factor trains, rates that are too high for two may be the best.
+FURTHER_RATES = {"lora-null v2": (3e-3,), "contrastive": (3e-3,), "mica": (3e-3,)}
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"name": "lora"},
     "lora-null v2": {"name": "lora-null", "trains": "b"},
@@ -97,7 +99,7 @@ def small_runs() -> list[SmallRun]:
     found = []
     for task in TASKS:
         for name in REGULARISED:
-            found += [_run(task, name, rate) for rate in RATES]
+            found += [_run(task, name, rate) for rate in _rates(name)]
     found.append(_run("calibration", "lora", REGULARISED_RATE))
     for name, (sources, weights) in CALIBRATIONS.items():
         method = {"rank": RANK, **METHODS["lora-null v2"]}
@@ -105,13 +107,17 @@ def small_runs() -> list[SmallRun]:
     for task in TASKS:
         for name in METHODS:
             if name not in REGULARISED:
-                found += [_run(task, name, rate) for rate in RATES]
+                found += [_run(task, name, rate) for rate in _rates(name)]
         for name in REGULARISED:
             for regulariser in REGULARISERS:
                 if regulariser == "project" and METHODS[name].get("trains") == "b":
                     continue  # it projects the update of A, which is frozen there
                 found.append(_run(task, name, REGULARISED_RATE, regulariser))
     return found
+
+
+def _rates(name: str) -> tuple[float, ...]:
+    return RATES + FURTHER_RATES.get(name, ())
 
 
 def _run(task: str, name: str, rate: float, regulariser: str | None = None) -> SmallRun:

@@ -19,8 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from forgetless.calibration.weights import SourceWeights
-from forgetless.data.spec import DataSpec, parse_data
+from forgetless.data.spec import DataSpec, SourceWeights, parse_data
 from forgetless.data.validation import validated
 from forgetless.errors import ForgetlessError, RecipeError
 from forgetless.evaluation.items import EvaluationItem

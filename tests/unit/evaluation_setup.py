@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from forgetless.data.tokens import TokenRow
+
 QUESTIONS = [
     {"question": f"How many apples are there in row {i}?", "answer": f" there are {i} apples"}
     for i in range(6)
@@ -18,6 +20,7 @@ GAIN = {
     "max_new_tokens": 4,
     "batch_size": 4,
 }
+VOCABULARY = 384  # of the tiny models
 TEXTS = ["The capital of France is Paris.", "Iron is an element.", "The dog sleeps on and on."]
 
 
@@ -38,3 +41,15 @@ def with_lora(model: torch.nn.Module) -> PeftModel:
                 noise = torch.randn(parameter.shape, generator=generator) * 0.3
                 parameter.copy_(noise.to(parameter.dtype))
     return tuned.eval()
+
+
+def random_rows(count: int = 7, *, seed: int = 0, longest: int = 40) -> list[TokenRow]:
+    """Rows of very different length, every second one with a prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for index in range(count):
+        length = int(torch.randint(2, longest, (), generator=generator))
+        ids = torch.randint(4, VOCABULARY, (length,), generator=generator).tolist()
+        prompt = int(torch.randint(1, length, (), generator=generator)) if index % 2 else 0
+        rows.append(TokenRow(tuple(ids), prompt))
+    return rows

@@ -17,9 +17,8 @@ from forgetless.calibration import memory, store
 from forgetless.calibration.calibrate import calibrate, check_token_count
 from forgetless.calibration.engine import SiteMoments, collect_moments
 from forgetless.calibration.store import load_moments, moments_key, moments_path, save_moments
-from forgetless.calibration.weights import SourceWeights
 from forgetless.data.rows import Row, RowSet
-from forgetless.data.spec import DataSpec
+from forgetless.data.spec import DataSpec, SourceWeights
 from forgetless.data.tokens import Batch, TokenRow, make_batches
 from forgetless.errors import AdapterError, ArtefactError, CalibrationError, ForgetlessWarning
 from forgetless.linalg.moments import SecondMoment

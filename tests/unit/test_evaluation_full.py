@@ -151,6 +151,15 @@ def test_figures_of_the_base_are_cached_as_those_of_the_base(tiny_model, tiny_to
     assert first.items[0].metrics["nll"].base == second.items[0].metrics["nll"].base
 
 
+def test_kept_states_of_the_base_give_the_same_figures(tiny_model, tiny_tokenizer, tmp_path):
+    arguments = {"retention": [KEPT], "movement_data": (), "base": tiny_model}
+    reports = [
+        forgetless.evaluate(moved(tiny_model), tiny_tokenizer, base_cache=cache, **arguments)
+        for cache in (None, tmp_path, tmp_path)
+    ]
+    assert reports[0].items == reports[1].items == reports[2].items
+
+
 def test_a_base_in_another_dtype_computes_in_its_own(tiny_model, tiny_tokenizer):
     base = copy.deepcopy(tiny_model).bfloat16()
     tuned = copy.deepcopy(base).float()

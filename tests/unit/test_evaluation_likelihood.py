@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from evaluation_setup import with_lora
+from evaluation_setup import VOCABULARY, random_rows, with_lora
 from peft import LoraConfig, get_peft_model
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
@@ -18,20 +18,7 @@ from forgetless.evaluation import likelihood
 from forgetless.evaluation.likelihood import compare_rows, kl_divergence, score_rows
 from forgetless.evaluation.selection import chunk_size
 
-VOCABULARY = 384
 TARGETS = ["q_proj", "v_proj", "down_proj"]
-
-
-def random_rows(count: int = 7, *, seed: int = 0, longest: int = 40) -> list[TokenRow]:
-    """Rows of very different length, every second one with a prompt."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = []
-    for index in range(count):
-        length = int(torch.randint(2, longest, (), generator=generator))
-        ids = torch.randint(4, VOCABULARY, (length,), generator=generator).tolist()
-        prompt = int(torch.randint(1, length, (), generator=generator)) if index % 2 else 0
-        rows.append(TokenRow(tuple(ids), prompt))
-    return rows
 
 
 @torch.no_grad()

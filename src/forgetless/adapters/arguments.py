@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from forgetless.calibration.weights import SourceWeights
+from forgetless.data.spec import SourceWeights
 from forgetless.errors import AdapterError
 from forgetless.models.untouched import refuse_touched_base
 

@@ -21,11 +21,10 @@ from forgetless.adapters.start import LayerStart, first_gradient, start_layers
 from forgetless.adapters.variant import LIVE_BOTH
 from forgetless.calibration.calibrate import calibrate, check_token_count
 from forgetless.calibration.engine import SiteMoments
-from forgetless.calibration.weights import SourceWeights
 from forgetless.data.loading import load_rows
 from forgetless.data.overlap import refuse_overlap
 from forgetless.data.rows import RowSet
-from forgetless.data.spec import DataInput, parse_data
+from forgetless.data.spec import DataInput, SourceWeights, parse_data
 from forgetless.errors import ForgetlessWarning, MethodError
 from forgetless.methods import MethodInput, make_method
 from forgetless.methods.base import Method, Role

@@ -11,9 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from forgetless.calibration.engine import SiteMoments, collect_moments
 from forgetless.calibration.store import load_moments, moments_key, moments_path, save_moments
-from forgetless.calibration.weights import SourceWeights, WeighedSources
+from forgetless.calibration.weights import WeighedSources
 from forgetless.data.pairs import PairBatch, make_pair_batches, tokenize_pairs
 from forgetless.data.rows import RowSet
+from forgetless.data.spec import SourceWeights
 from forgetless.data.tokens import Batch, TokenRow, make_batches, pad_token_id, tokenize
 from forgetless.errors import ArtefactError, CalibrationError, ForgetlessWarning
 from forgetless.models.fingerprint import model_fingerprint

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from forgetless.calibration.engine import SiteMoments
-
-SourceWeights = Literal["tokens", "equal"]
+from forgetless.data.spec import SourceWeights
 
 
 class WeighedSources:

@@ -24,6 +24,7 @@ from forgetless.data.validation import shortened, validated
 from forgetless.errors import DataError, RecipeError
 
 Tokens = Literal["all", "completion"]
+SourceWeights = Literal["tokens", "equal"]  # of several sources of one role
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 
 

@@ -1,4 +1,4 @@
-"""The base model's own figures, kept on disk: one small JSON file for each model and set of tokens.
+"""The base model's own figures, kept on disk: one small file for each model and set of tokens.
 
 A sweep evaluates many adapters of one base on the same rows; the base's part is the same each time.
 """
@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 from forgetless.atomic import write_atomically
 from forgetless.data.tokens import TokenRow
 from forgetless.errors import ForgetlessWarning
+from forgetless.evaluation.base_states import BaseStates
 from forgetless.evaluation.generation import Generated
 from forgetless.evaluation.likelihood import RowScores
 
@@ -95,6 +96,12 @@ class BaseCache:
             ),
         )
         return scores
+
+    def states(self, rows: Sequence[TokenRow], batch_size: int) -> BaseStates:
+        """Hidden states of `rows` in batches of that size."""
+        tokens = [(row.input_ids, row.prompt_length) for row in rows]
+        path = self._path("states", [str(batch_size)], tokens)
+        return BaseStates(None if path is None else path.with_suffix(".safetensors"))
 
     def generated(
         self,

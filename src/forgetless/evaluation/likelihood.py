@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from forgetless.data.tokens import Batch, TokenRow, make_batches, pad_token_id
-from forgetless.evaluation.selection import PositionLogits, model_inputs
+from forgetless.evaluation.base_states import BaseStates
+from forgetless.evaluation.selection import PositionLogits, StateLogits, model_inputs
 from forgetless.models.pair import TunedModel
 from forgetless.models.targets import base_of
 
@@ -86,6 +87,7 @@ def compare_rows(
     rows: Sequence[TokenRow],
     *,
     batch_size: int = 16,
+    states: BaseStates | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[RowScores, RowScores, NDArray[np.float64]]:
     """Score rows with base and tuned model, and sum KL(base‖tuned) over the same tokens.
@@ -97,6 +99,8 @@ def compare_rows(
         tokenizer: For the padding token only.
         rows: Tokenised rows.
         batch_size: Rows a forward pass.
+        states: The base's hidden states of these rows in these batches; gathered where they are
+            not there yet.
         progress: Called with the number of rows of each finished batch.
 
     Returns:
@@ -105,12 +109,13 @@ def compare_rows(
     base_sums, tuned_sums = _Sums.zeros(len(rows)), _Sums.zeros(len(rows))
     kl_sum = np.zeros(len(rows))
     causal = base_of(model)
-    for batch in _batches(rows, tokenizer, batch_size):
+    states = states or BaseStates(None)
+    for number, batch in enumerate(_batches(rows, tokenizer, batch_size)):
         scored = _Scored.of(batch, input_device(causal))
         if scored.count:
             tuned = PositionLogits(causal, scored.inputs, scored.predicts_BT)
             with model.disable_adapter():
-                base = PositionLogits(causal, scored.inputs, scored.predicts_BT)
+                base = _base_logits(causal, scored, states, number)
             for start in tuned.starts():
                 part = scored.part(start, tuned.chunk)
                 tuned_CV = tuned_sums.add(tuned.at(start), part)
@@ -120,6 +125,19 @@ def compare_rows(
         if progress is not None:
             progress(len(batch.index))
     return base_sums.scores(), tuned_sums.scores(), kl_sum
+
+
+def _base_logits(
+    causal: PreTrainedModel, scored: _Scored, states: BaseStates, number: int
+) -> PositionLogits | StateLogits:
+    """The base's logits, its adapters off, from a forward pass or from what one left."""
+    kept_NH = states.of(number, scored.count)
+    if kept_NH is not None:
+        return StateLogits(causal, kept_NH)
+    logits = PositionLogits(causal, scored.inputs, scored.predicts_BT)
+    if logits.hidden_NH is not None:
+        states.keep(number, logits.hidden_NH)
+    return logits
 
 
 def kl_divergence(base_log_CV: Tensor, tuned_log_CV: Tensor) -> Tensor:

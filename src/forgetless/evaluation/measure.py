@@ -73,7 +73,10 @@ def _likelihood_metrics(
     kl_sum: NDArray[np.float64] | None = None
     if "kl" in loaded.item.metrics:
         watch = Watch(progress, f"{name}: KL", len(rows))
-        base, tuned, kl_sum = compare_rows(model, tokenizer, rows, batch_size=size, progress=watch)
+        with cache.states(rows, size) as states:
+            base, tuned, kl_sum = compare_rows(
+                model, tokenizer, rows, batch_size=size, states=states, progress=watch
+            )
     else:
         watch = Watch(progress, f"{name}: NLL", len(rows))
         tuned = score_rows(model, tokenizer, rows, batch_size=size, progress=watch)

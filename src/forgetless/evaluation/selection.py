@@ -112,7 +112,7 @@ class PositionLogits:
         self._inputs = inputs
         self._chosen_BT = chosen_BT
         self.num_positions = int(chosen_BT.sum())
-        self.chunk = self._chunk_size()
+        self.chunk = _chunk_of(model)
         first_CV, seen = self._forward(0)
         if seen.hidden_NH is None or seen.head_logits is None:
             raise AdapterError(
@@ -124,9 +124,10 @@ class PositionLogits:
         raw_CV = seen.head_logits[0]
         self._head_alone = torch.equal(raw_CV.to(first_CV.dtype), first_CV)
 
-    def _chunk_size(self) -> int:
-        vocabulary = self._model.config.get_text_config().vocab_size
-        return chunk_size(int(vocabulary))
+    @property
+    def hidden_NH(self) -> Tensor | None:
+        """What the head makes the logits from; None where the model changes what the head gives."""
+        return self._hidden_NH if self._head_alone else None
 
     def _forward(self, start: int) -> tuple[Tensor, _Seen]:
         def choose(hidden_BTH: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,5 +151,27 @@ class PositionLogits:
             return self._first_CV
         if not self._head_alone:
             return self._forward(start)[0]
-        chunk_1CH = self._hidden_NH[start : start + self.chunk].unsqueeze(0)
-        return output_head(self._model)(chunk_1CH)[0]
+        return _through_head(self._model, self._hidden_NH, start)
+
+
+class StateLogits:
+    """Logits of an earlier pass from its hidden states, chunk by chunk: the head alone."""
+
+    def __init__(self, model: PreTrainedModel, hidden_NH: Tensor) -> None:
+        """Take what `PositionLogits.hidden_NH` gave for the same model."""
+        self._model = model
+        self._hidden_NH = hidden_NH.to(next(output_head(model).parameters()).device)
+
+    def at(self, start: int) -> Tensor:
+        """Logits (C, V) of the chunk from `start`, with the adapters as they are now."""
+        return _through_head(self._model, self._hidden_NH, start)
+
+
+def _through_head(model: PreTrainedModel, hidden_NH: Tensor, start: int) -> Tensor:
+    chunk_1CH = hidden_NH[start : start + _chunk_of(model)].unsqueeze(0)
+    logits_1CV: Tensor = output_head(model)(chunk_1CH)
+    return logits_1CV[0]
+
+
+def _chunk_of(model: PreTrainedModel) -> int:
+    return chunk_size(int(model.config.get_text_config().vocab_size))

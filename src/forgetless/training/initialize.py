@@ -21,11 +21,10 @@ from forgetless.adapters.in_place import check_startable
 from forgetless.adapters.peft_layers import refuse_unholdable
 from forgetless.calibration.engine import SiteMoments, collect_moments
 from forgetless.calibration.gradients import collect_gradients
-from forgetless.calibration.weights import SourceWeights
 from forgetless.data.loading import load_rows
 from forgetless.data.overlap import refuse_overlap
 from forgetless.data.rows import Row, RowSet
-from forgetless.data.spec import DataInput, DataSpec, Tokens, parse_data
+from forgetless.data.spec import DataInput, DataSpec, SourceWeights, Tokens, parse_data
 from forgetless.data.tokens import Batch, pad_token_id
 from forgetless.errors import AdapterError, MethodError, TrainingError
 from forgetless.methods import MethodInput, make_method
