@@ -30,7 +30,7 @@ from forgetless.evaluation.lm_eval.spec import (
     refuse_shared_names,
 )
 from forgetless.evaluation.parse import parse_items
-from forgetless.methods import make_method
+from forgetless.methods import make_any_method
 from forgetless.recipe_yaml import apply_override, quoting_hint, read_yaml
 from forgetless.training.regularisers import make_regularisers
 
@@ -200,7 +200,7 @@ def _known_method(method: object) -> object:
     """A mapping of a name and options, from either."""
     options = _with_options(method)
     if isinstance(options, dict):
-        make_method(options)
+        make_any_method(options)
     return options
 
 
@@ -255,7 +255,8 @@ class Recipe(_Part):
 
     @model_validator(mode="after")
     def _data_that_the_method_needs(self) -> Self:
-        if "preserve" in make_method(self.method).needs and not self.preserve_data:
+        method = make_any_method(self.method)
+        if "preserve" in method.needs and not self.preserve_data:
             raise RecipeError(
                 f"preserve_data: expected data, as the method {self.method['name']} calibrates on "
                 "it, got none; name what must be kept, or `preserve_data: self`"
@@ -266,7 +267,24 @@ class Recipe(_Part):
                     f"preserve_data: expected data, as the regulariser {regulariser.name} needs "
                     "it, got none; name what must be kept, or `preserve_data: self`"
                 )
-            regulariser.check_form(make_method(self.method).form)
+            regulariser.check_form(method.form)
+        return self
+
+    @model_validator(mode="after")
+    def _what_needs_an_adapter(self) -> Self:
+        if make_any_method(self.method).form != "full":
+            return self
+        given = {
+            "targets": self.targets,
+            "training.lora_plus_ratio": self.training.lora_plus_ratio,
+            "quantization": None if self.quantization == "none" else self.quantization,
+        }
+        for key, value in given.items():
+            if value is not None:
+                raise RecipeError(
+                    f"{key}: expected none with method full, which trains every weight of a "
+                    f"full-precision model, got {value}; leave it out"
+                )
         return self
 
     def resolved(self) -> dict[str, Any]:

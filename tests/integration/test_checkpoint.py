@@ -24,7 +24,7 @@ from forgetless.training.checkpoint import (
     latest_checkpoint,
     read_marker,
 )
-from forgetless.training.identity import identity_of
+from forgetless.training.identity import describe_adapter, identity_of
 from forgetless.training.regularisers import REGULARISERS, make_regularisers
 from forgetless.training.regularisers.base import PreserveData
 from forgetless.training.sft import train
@@ -243,7 +243,10 @@ def test_a_run_is_of_the_hardware_that_decided_its_bf16(make_tiny_model, monkeyp
     found = []
     for fast in (False, True):
         monkeypatch.setattr("forgetless.training.options.has_fast_bf16", lambda _, fast=fast: fast)
-        found.append(identity_of(model, "default", data="", options=options(bf16=None), seed=0))
+        described = describe_adapter(model, "default", None)
+        found.append(
+            identity_of(described, model.device, data="", options=options(bf16=None), seed=0)
+        )
     assert [identity.options["bf16"] for identity in found] == [False, True]
     assert {identity.device for identity in found} == {"cpu"}
 

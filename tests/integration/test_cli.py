@@ -29,7 +29,7 @@ from forgetless.console import Level, TerminalProgress
 from forgetless.errors import ForgetlessWarning
 from forgetless.experiments import run as run_module
 from forgetless.experiments.progress import warnings_heard
-from forgetless.methods import METHODS, make_method
+from forgetless.methods import ALL_METHODS, make_any_method
 from forgetless.recipe import load_recipe
 from forgetless.training.quiet import libraries_quiet
 
@@ -350,9 +350,9 @@ def test_methods_lists_all_with_paper_needs_and_promise(capsys: pytest.CaptureFi
 def test_methods_as_json_can_be_made_again(capsys: pytest.CaptureFixture[str]) -> None:
     assert status("methods", "--json") == 0
     found = json.loads(capsys.readouterr().out)["methods"]
-    assert {entry["name"] for entry in found} == set(METHODS)
+    assert {entry["name"] for entry in found} == set(ALL_METHODS)
     for entry in found:
-        made = make_method({"name": entry["name"]} | entry["options"])
+        made = make_any_method({"name": entry["name"]} | entry["options"])
         assert made.default_learning_rate == entry["learning_rate"]
 
 

@@ -205,7 +205,7 @@ def test_a_full_disk_is_one_clear_line(make_recipe, monkeypatch):
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "adapter.safetensors")
 
-    monkeypatch.setattr(run_module, "export", full)
+    monkeypatch.setattr("forgetless.experiments.product.export", full)
     with pytest.raises(ArtefactError, match=r"adapter\.safetensors: the disk is full; free some"):
         run(make_recipe(training={"max_steps": 1}))
     monkeypatch.undo()
@@ -217,7 +217,7 @@ def test_the_methods_own_rate_and_decay_are_used_where_none_is_given(make_recipe
     record = load_record(run(recipe, progress=heard))
     assert record.training.learning_rate == 2e-4
     assert "arXiv" in record.training.learning_rate_source
-    options = run_module.training_options(recipe, run_module.make_method(recipe.method))
+    options = run_module.training_options(recipe, run_module.make_any_method(recipe.method))
     assert options.weight_decay == 0.3
     assert any("does not calibrate" in note for note in heard.notes)
 

@@ -20,7 +20,7 @@ from forgetless.atomic import write_atomically
 from forgetless.errors import AdapterError
 from forgetless.escaping import markdown_code, markdown_text
 from forgetless.methods import method_options
-from forgetless.methods.base import Method
+from forgetless.methods.base import AnyMethod
 
 CARD = "README.md"
 TAG = "forgetless"
@@ -109,7 +109,7 @@ class CardFacts:
 
     base: str | None = None
     quantization: str | None = None
-    method: Method | None = None
+    method: AnyMethod | None = None
     recipe: Mapping[str, Any] | None = None
     figures: str = ""
     samples: tuple[CardSample, ...] = ()
@@ -119,6 +119,11 @@ class CardFacts:
     library: str = ""
     tags: tuple[str, ...] = ()
     loading: str = ""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every weight was trained: there never was an adapter."""
+        return self.method is not None and self.method.form == "full"
 
 
 def write_card(
@@ -150,6 +155,7 @@ def card_text(config: Mapping[str, Any], facts: CardFacts, *, merged: bool = Fal
     name = str(facts.base or config.get("base_model_name_or_path") or "")
     is_local, base = is_local_base(name), base_label(name)
     kind = "Merged model" if merged else "LoRA adapter"
+    kind = "Fully fine-tuned model" if facts.is_full else kind
     shown = f"{base} (a local model)" if is_local else base
     parts = [
         _front_matter("" if is_local else base, config, facts, merged),
@@ -197,7 +203,7 @@ def front_matter(path: Path) -> dict[str, Any]:
 
 def _front_matter(base: str, config: Mapping[str, Any], facts: CardFacts, merged: bool) -> str:
     method = [facts.method.name] if facts.method else []
-    tags = ["lora", TAG, *facts.tags, *method]
+    tags = [*([] if facts.is_full else ["lora"]), TAG, *facts.tags, *method]
     relation = "finetune" if merged else "adapter"
     values = {
         **({"base_model": base, "base_model_relation": relation} if base else {}),
@@ -213,16 +219,20 @@ def _what(base: str, config: Mapping[str, Any], facts: CardFacts, merged: bool) 
     named = ", ".join(sorted(layers)) if not isinstance(layers, str) else layers
     revision = f", revision {config['revision']}" if config.get("revision") else ""
     quantised = f"; trained on it quantised ({facts.quantization})" if facts.quantization else ""
+    update = (
+        f"{'merged from a ' if merged else ''}LoRA of rank {config.get('r')}, alpha "
+        f"{config.get('lora_alpha')}, on {markdown_text(named)}"
+    )
     lines = [
         f"- Base model: {markdown_text((base or 'not recorded') + revision + quantised)}",
-        f"- Update: {'merged from a ' if merged else ''}LoRA of rank {config.get('r')}, alpha "
-        f"{config.get('lora_alpha')}, on {markdown_text(named)}",
+        f"- Update: {'every weight, in float32' if facts.is_full else update}",
     ]
     if facts.method is not None:
         options = method_options(facts.method).items()
         chosen = ", ".join(f"{k} {v}" for k, v in options if k != "name" and v is not None)
+        named = ", ".join(filter(None, [facts.method.name, chosen]))
         lines += [
-            f"- Method: {facts.method.name}, {chosen} ({facts.method.paper})",
+            f"- Method: {named} ({facts.method.paper})",
             f"- What it does: {markdown_text(facts.method.title)}",
             f"- What it promises: {markdown_text(facts.method.promise)}",
         ]

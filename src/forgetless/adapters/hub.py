@@ -20,7 +20,7 @@ from peft import PeftModel
 
 from forgetless.adapters.card import Evaluated, Samples
 from forgetless.adapters.export import export
-from forgetless.adapters.exported_files import exported_files
+from forgetless.adapters.exported_files import WHOLE_MODEL, exported_files
 from forgetless.adapters.load import CONFIG
 from forgetless.errors import AdapterError
 
@@ -106,12 +106,14 @@ def push_folder(
     revision: str | None = None,
     token: str | None = None,
 ) -> Pushed:
-    """Upload the export in a folder; of a run, that in `adapter/`.
+    """Upload the export in a folder; of a run, that in `adapter/` or `model/`.
 
     Raises:
         AdapterError: As for `push_to_hub`.
     """
     source = folder / "adapter" if (folder / "adapter" / CONFIG).is_file() else folder
+    if WHOLE_MODEL.is_in(folder / "model"):
+        source = folder / "model"
     files = exported_files(source)
     api = HfApi(token=_token(token))
     try:

@@ -98,8 +98,9 @@ _add(
 )
 _add(
     verbs.evaluate,
-    "Measure a LoRA, whoever trained it.",
+    "Measure a LoRA or a whole model, whoever trained it.",
     "forgetless evaluate recipe.yaml --adapter somebodys-lora",
+    "forgetless evaluate recipe.yaml --tuned somebodys-model",
     "forgetless evaluate recipe.yaml 'evaluation.scales=[0.3, 0.7]'",
 )
 _add(

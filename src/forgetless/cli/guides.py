@@ -11,7 +11,7 @@ from forgetless.cli.options import Json
 from forgetless.cli.output import TOGETHER, print_json, print_text, print_values, wrapped
 
 if TYPE_CHECKING:
-    from forgetless.methods.base import Method
+    from forgetless.methods.base import AnyMethod
     from forgetless.training.regularisers.base import Regulariser
 
 
@@ -114,23 +114,23 @@ def schema() -> None:
 
 def methods(as_json: Json = False) -> None:
     """List the methods and regularisers: paper, data they need, promise, options, rate."""
-    from forgetless.methods import METHODS
+    from forgetless.methods import ALL_METHODS
     from forgetless.training.regularisers import REGULARISERS
 
     if as_json:
         print_json(
             {
-                "methods": [_as_values(kind) for kind in METHODS.values()],
+                "methods": [_as_values(kind) for kind in ALL_METHODS.values()],
                 "regularisers": [_regulariser(kind) for kind in REGULARISERS.values()],
             }
         )
         return
-    for name, kind in METHODS.items():
+    for name, kind in ALL_METHODS.items():
         made = kind()
         needs = ", ".join(sorted(made.reads)) or "no"
         print_text(f"{name}\n  {made.title}\n  source   {made.paper}\n  needs    {needs} data")
         print_text(wrapped("promise", made.promise))
-        print_text(wrapped("options", _options(kind)))
+        print_text(wrapped("options", _options(kind) or "none"))
         print_text(wrapped("rate", f"{made.default_learning_rate:g}: {made.learning_rate_source}"))
         print_text("")
     print_text("Regularisers, for any method, in a recipe's training.regularisers:\n")
@@ -141,7 +141,7 @@ def methods(as_json: Json = False) -> None:
         print_text("")
 
 
-def _as_values(kind: type[Method]) -> dict[str, Any]:
+def _as_values(kind: type[AnyMethod]) -> dict[str, Any]:
     from forgetless.methods import method_options
 
     made = kind()
@@ -175,7 +175,7 @@ def _regulariser(kind: type[Regulariser]) -> dict[str, Any]:
     }
 
 
-def _options(kind: type[Method] | type[Regulariser]) -> str:
+def _options(kind: type[AnyMethod] | type[Regulariser]) -> str:
     """Every option with the values it may take and its default: `trains: b | both (b)`."""
     import dataclasses
     import typing

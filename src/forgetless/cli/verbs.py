@@ -72,7 +72,8 @@ def run(
             allow_task_code=allow_task_code,
         )
     record = load_record(path)
-    paths = {"report": path.parent / "report.html", "adapter": path.parent / "adapter"}
+    made_in = str(record.export.get("folder", "adapter"))  # adapter, or model
+    paths = {"report": path.parent / "report.html", made_in: path.parent / made_in}
     if as_json:
         named = {"record": path} | paths
         print_json(
@@ -80,7 +81,9 @@ def run(
         )
         return
     print_summary([record])
-    print_text(f"\nReport:  {paths['report']}\nAdapter: {paths['adapter']}")
+    print_text("")
+    for what, where in paths.items():
+        print_text(f"{what.capitalize() + ':':<9}{where}")
 
 
 def calibrate(
@@ -131,6 +134,10 @@ def evaluate(
         Path | None,
         typer.Option(help="LoRA or rsLoRA saved by PEFT (no DoRA, no biases), or a run's folder."),
     ] = None,
+    tuned: Annotated[
+        str | None,
+        typer.Option(help="In place of an adapter: a whole model, tuned in full, merged, …"),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Also write all figures to this file, as JSON.")
     ] = None,
@@ -139,7 +146,7 @@ def evaluate(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure an adapter that somebody trained, with a recipe's model and evaluation items."""
+    """Measure what somebody trained, with a recipe's base model and evaluation items."""
     with told_on_stop():
         from forgetless.experiments.markdown import evaluation_table
         from forgetless.experiments.measure_adapter import (
@@ -150,12 +157,15 @@ def evaluate(
         from forgetless.recipe import load_recipe
 
         made = load_recipe(recipe, overrides or ())
+        if adapter is not None and tuned is not None:
+            raise AdapterError("--adapter, --tuned: expected one of the two, got both")
         if output is not None:
             check_figures_file(output)
         with results_only(as_json):
             reports = measure_adapter(
                 made,
                 adapter or made.output,
+                tuned=tuned,
                 progress=progress_of(quiet, verbose),
                 allow_task_code=allow_task_code,
             )

@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from forgetless.adapters.load import load_adapter
-from forgetless.adapters.scale import scaled_adapter
 from forgetless.calibration.engine import SiteMoments
 from forgetless.data.loading import load_rows
 from forgetless.data.rows import RowSet
@@ -36,7 +34,9 @@ from forgetless.evaluation.measure import measure_item
 from forgetless.evaluation.movement import measure_movement
 from forgetless.evaluation.parse import ItemInput, parse_items
 from forgetless.evaluation.results import EvaluationReport, ItemResult, Movement, Side
+from forgetless.evaluation.tuned_model import active_adapter, opened, scaled
 from forgetless.models.fingerprint import model_fingerprint
+from forgetless.models.pair import TunedModel, reference_of
 from forgetless.models.state import left_as_found, random_state_kept
 from forgetless.models.targets import base_of
 
@@ -52,6 +52,7 @@ def evaluate(
     lm_eval: LmEvalInput | None = None,
     allow_task_code: bool = False,
     adapter: Path | str | None = None,
+    base: PreTrainedModel | None = None,
     movement_data: Sequence[RowSet] | None = None,
     calibration_moments: SiteMoments | None = None,
     scale: float = 1.0,
@@ -59,13 +60,15 @@ def evaluate(
     base_cache: Path | str | None = None,
     progress: Progress | None = None,
 ) -> EvaluationReport:
-    """Measure an adapter against its base on held-out data.
+    """Measure an adapter, or a model tuned in any way, against its base on held-out data.
 
-    The base is the same model with the adapter disabled. Training mode and `requires_grad` are as
-    before afterwards; a base that was given with an adapter folder is bare again.
+    The base is the same model with the adapter disabled, or `base`. Training mode and
+    `requires_grad` are as before afterwards; a base that was given with an adapter folder is bare
+    again.
 
     Args:
-        model: A PeftModel with one active adapter, whoever trained it; or a base with `adapter`.
+        model: A PeftModel with one active adapter, whoever trained it; a base with `adapter`; or a
+            model of which any weight may have been tuned, with `base`.
         tokenizer: Its tokenizer.
         gain: Held-out data of the task that was trained: evaluation items, their keys as mappings,
             or anything that names data (a path, a hub id, a Dataset, a list of strings).
@@ -75,10 +78,13 @@ def evaluate(
             `include_path`, `batch_size` and `samples`.
         allow_task_code: Whether the folder `include_path` may run Python.
         adapter: A folder with an adapter, where `model` is the bare base.
+        base: The base of a `model` that was tuned in full, merged, or tuned in another way: a
+            second model of the same architecture.
         movement_data: Held-out preserve rows for update size, drift and leakage. None: the first 64
             rows of each retention item. Empty: no movement.
         calibration_moments: Moments that the adapter was calibrated with.
-        scale: Factor on ΔW: the same adapter turned down.
+        scale: Factor on ΔW: the same adapter turned down; with `base`, on the change of every
+            weight.
         samples: How many generations of base and tuned model to show for each item with prompts.
         base_cache: Folder for the base's own figures, which are the same for every adapter.
         progress: Called with stage, rows done and rows in all.
@@ -106,16 +112,17 @@ def evaluate(
         tasks = open_tasks(harness, taken=names, allow_code=allow_task_code)
     with ExitStack() as stack:
         stack.enter_context(left_as_found(model))
-        tuned = stack.enter_context(_with_adapter(model, adapter))
-        name = _active_adapter(tuned)
+        tuned = stack.enter_context(opened(model, adapter, base))
+        name = active_adapter(tuned)
         if scale != 1.0:
-            stack.enter_context(scaled_adapter(tuned, scale, name))
+            stack.enter_context(scaled(tuned, scale, name))
         stack.enter_context(torch.no_grad())
         tuned.eval()
         folder = Path(base_cache) if base_cache is not None else None
-        loaded = _load(items, tuned, tokenizer, folder)
-        _warn_of_rounding(tuned, loaded)
-        cache = BaseCache(folder, _context(tuned) if folder is not None else ())
+        reference = reference_of(tuned)
+        loaded = _load(items, reference, tokenizer, folder)
+        _warn_of_rounding(reference, loaded)
+        cache = BaseCache(folder, _context(reference) if folder is not None else ())
         results = tuple(
             measure_item(tuned, tokenizer, one, samples=samples, cache=cache, progress=progress)
             for one in loaded
@@ -130,7 +137,7 @@ def evaluate(
 
 
 def _task_results(
-    model: PeftModel,
+    model: TunedModel,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[OpenTask],
     settings: LmEvalRecipe | None,
@@ -168,62 +175,9 @@ def _refuse_encoder_decoder(base: PreTrainedModel) -> None:
         )
 
 
-@contextmanager
-def _with_adapter(
-    model: PeftModel | PreTrainedModel, adapter: Path | str | None
-) -> Iterator[PeftModel]:
-    """The PeftModel to measure; one opened from a folder is taken off its base afterwards."""
-    if adapter is None:
-        if not isinstance(model, PeftModel):
-            raise AdapterError(
-                f"evaluation: expected a PeftModel, got {type(model).__name__}; "
-                "pass adapter=FOLDER with a bare base model"
-            )
-        yield model
-        return
-    if isinstance(model, PeftModel):
-        raise AdapterError(
-            f"evaluation: expected a bare base model with adapter={str(adapter)!r}, got a "
-            "PeftModel; pass one of the two"
-        )
-    opened = load_adapter(model, adapter)
-    try:
-        yield opened
-    finally:
-        opened.unload()
-
-
-def _active_adapter(model: PeftModel) -> str:
-    """Name of the one adapter that is on.
-
-    Raises:
-        AdapterError: Several adapters, none, a merged one, or one that is no weight of the model.
-    """
-    active = list(model.active_adapters)
-    if len(active) != 1:
-        raise AdapterError(
-            f"evaluation: expected one active adapter, got {active}; choose one with set_adapter"
-        )
-    if model.peft_config[active[0]].is_prompt_learning:
-        raise AdapterError(
-            "evaluation: expected an adapter of weights, got "
-            f"{model.peft_config[active[0]].peft_type.value}, which adds positions to the prompt; "
-            "only adapters such as LoRA can be measured"
-        )
-    for name, layer in model.named_modules():
-        if isinstance(layer, BaseTunerLayer) and (layer.merged or layer.disable_adapters):
-            state = "merged into the base" if layer.merged else "disabled"
-            remedy = "unmerge_adapter()" if layer.merged else "enable_adapter_layers()"
-            raise AdapterError(
-                f"evaluation: expected adapter {active[0]!r} beside the base, got it {state} at "
-                f"layer {name}; call model.{remedy} first"
-            )
-    return str(active[0])
-
-
 def _load(
     items: Sequence[tuple[Side, EvaluationItem]],
-    model: PeftModel,
+    model: PeftModel | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path | None,
 ) -> list[LoadedItem]:
@@ -241,7 +195,7 @@ def _load(
     return loaded
 
 
-def _warn_of_rounding(model: PeftModel, loaded: Sequence[LoadedItem]) -> None:
+def _warn_of_rounding(model: nn.Module, loaded: Sequence[LoadedItem]) -> None:
     """Small values of KL drown in the rounding of half-precision activations.
 
     Adapters whose KL is next to nothing in float32 show about 0.003 nats a token in bfloat16.
@@ -256,13 +210,13 @@ def _warn_of_rounding(model: PeftModel, loaded: Sequence[LoadedItem]) -> None:
         )
 
 
-def _context(model: PeftModel) -> tuple[str, ...]:
+def _context(model: nn.Module) -> tuple[str, ...]:
     """What the base's figures depend on, besides the tokens."""
     return (model_fingerprint(model), input_device(base_of(model)).type)
 
 
 def _movement(
-    model: PeftModel,
+    model: TunedModel,
     tokenizer: PreTrainedTokenizerBase,
     adapter: str,
     loaded: Sequence[LoadedItem],

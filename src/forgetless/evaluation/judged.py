@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from forgetless.data.rows import Row
@@ -21,6 +20,7 @@ from forgetless.evaluation.items import GENERATED
 from forgetless.evaluation.loaded import LoadedItem, Progress, Watch, accepted_answers
 from forgetless.evaluation.pairing import Measured, paired
 from forgetless.evaluation.results import HitLimit, Sample
+from forgetless.models.pair import TunedModel
 from forgetless.models.targets import base_of
 
 _MANY_CUT = 0.1  # of an item's answers: their judgement is then in doubt
@@ -42,7 +42,7 @@ class Judged:
 
 
 def judged(
-    model: PeftModel,
+    model: TunedModel,
     tokenizer: PreTrainedTokenizerBase,
     loaded: LoadedItem,
     *,
@@ -106,7 +106,7 @@ def _warn_of_the_limit(loaded: LoadedItem, cut: HitLimit) -> None:
 
 
 def _generations(
-    model: PeftModel,
+    model: TunedModel,
     tokenizer: PreTrainedTokenizerBase,
     loaded: LoadedItem,
     index: Sequence[int],

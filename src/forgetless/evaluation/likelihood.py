@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from forgetless.data.tokens import Batch, TokenRow, make_batches, pad_token_id
 from forgetless.evaluation.base_states import BaseStates
 from forgetless.evaluation.selection import PositionLogits, StateLogits, model_inputs
+from forgetless.models.pair import TunedModel
 from forgetless.models.targets import base_of
 
 
@@ -82,7 +82,7 @@ def score_rows(
 
 @torch.no_grad()
 def compare_rows(
-    model: PeftModel,
+    model: TunedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[TokenRow],
     *,

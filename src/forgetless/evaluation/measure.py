@@ -6,7 +6,6 @@ import warnings
 
 import numpy as np
 from numpy.typing import NDArray
-from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from forgetless.errors import AdapterError, DataError, ForgetlessWarning
@@ -16,10 +15,11 @@ from forgetless.evaluation.likelihood import RowScores, compare_rows, score_rows
 from forgetless.evaluation.loaded import LoadedItem, Progress, Watch
 from forgetless.evaluation.pairing import Measured, divergence, paired
 from forgetless.evaluation.results import ItemResult
+from forgetless.models.pair import TunedModel
 
 
 def measure_item(
-    model: PeftModel,
+    model: TunedModel,
     tokenizer: PreTrainedTokenizerBase,
     loaded: LoadedItem,
     *,
@@ -63,7 +63,7 @@ def measure_item(
 
 
 def _likelihood_metrics(
-    model: PeftModel,
+    model: TunedModel,
     tokenizer: PreTrainedTokenizerBase,
     loaded: LoadedItem,
     cache: BaseCache,

@@ -28,18 +28,20 @@ from forgetless.calibration.hooks import base_forward
 from forgetless.data.rows import RowSet
 from forgetless.data.tokens import Batch, make_batches, pad_token_id, tokenize
 from forgetless.errors import AdapterError, CalibrationError, ForgetlessWarning
+from forgetless.evaluation.dense_updates import dense_updates
 from forgetless.evaluation.likelihood import input_device
 from forgetless.evaluation.results import LayerMovement, Movement
 from forgetless.evaluation.selection import model_inputs
 from forgetless.linalg.lowrank import isometric_core, row_space
 from forgetless.linalg.moments import drift_bound, moment_drift
+from forgetless.models.pair import TunedModel, TunedPair, reference_of
 from forgetless.models.targets import Target, base_of, find_targets
 
 _BATCH_SIZE = 8
 
 
 def measure_movement(
-    model: PeftModel,
+    model: TunedModel,
     tokenizer: PreTrainedTokenizerBase,
     row_sets: Sequence[RowSet],
     *,
@@ -50,10 +52,10 @@ def measure_movement(
     """Measure every adapted layer on held-out rows.
 
     Args:
-        model: A PeftModel with a LoRA adapter of any origin.
+        model: A PeftModel with a LoRA adapter of any origin, or a tuned pair.
         tokenizer: Tokenises the rows.
         row_sets: Held-out preserve rows; each set's `tokens` says which tokens count.
-        adapter: Name of the adapter.
+        adapter: Name of the adapter; a pair has none.
         calibration_moments: Moments that the adapter was calibrated with, for drift beside the
             held-out one.
         progress: Called with the number of rows of each finished batch.
@@ -66,8 +68,9 @@ def measure_movement(
         CalibrationError: No token to measure on, or NaN or inf in an activation.
     """
     probes = _probes(model, adapter)
-    with base_forward(model) as decoder, ExitStack() as stack:
-        device = input_device(base_of(model))
+    reference = reference_of(model)
+    with base_forward(reference) as decoder, ExitStack() as stack:
+        device = input_device(base_of(reference))
         for probe in probes.values():
             stack.callback(probe.target.module.register_forward_hook(probe.observe).remove)
         for batch in _batches(row_sets, tokenizer):
@@ -91,7 +94,7 @@ class _LayerProbe:
     Attributes:
         target: The base layer.
         core_RD: C, with ‖C x‖ = ‖ΔW x‖.
-        basis_DP: U, orthonormal basis of the row space of A.
+        basis_DP: U, orthonormal basis of the row space of A; of ΔW in a tuned pair.
         a_is_frozen: Whether that row space stays while training.
         kept_BT: Which tokens of the current batch count.
         sums: Of ‖ΔW x‖/‖x‖, ‖ΔW x‖², ‖W x‖², ‖Uᵀ x‖² and ‖x‖².
@@ -157,7 +160,16 @@ class _LayerProbe:
         )
 
 
-def _probes(model: PeftModel, adapter: str) -> dict[str, _LayerProbe]:
+def _probes(model: TunedModel, adapter: str) -> dict[str, _LayerProbe]:
+    if isinstance(model, TunedPair):
+        return {
+            name: _LayerProbe(update.target, update.core_RD, update.basis_DP, a_is_frozen=False)
+            for name, update in dense_updates(model).items()
+        }
+    return _adapter_probes(model, adapter)
+
+
+def _adapter_probes(model: PeftModel, adapter: str) -> dict[str, _LayerProbe]:
     layers = adapted_layers(model, adapter)
     targets = find_targets(model).targets
     for name in layers.keys() - targets.keys():

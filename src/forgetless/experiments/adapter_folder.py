@@ -17,6 +17,11 @@ def adapter_folder(source: Path) -> Path:
     for folder in (source, source / "adapter"):
         if (folder / CONFIG).is_file():
             return folder
+    if (source / "model" / "config.json").is_file():
+        raise AdapterError(
+            f"{source}: expected an adapter, got a run that trained every weight; its model lies "
+            f"ready in {source / 'model'}"
+        )
     found = [
         path.parent for depth in ("*", "checkpoints/*") for path in source.glob(f"{depth}/{CONFIG}")
     ]

@@ -13,11 +13,11 @@ from forgetless.data.loading import check_rows
 from forgetless.data.overlap import refuse_overlap
 from forgetless.data.rows import RowSet
 from forgetless.data.spec import DataSpec
-from forgetless.errors import RecipeError
+from forgetless.errors import MethodError, RecipeError
 from forgetless.evaluation.items import EvaluationItem
 from forgetless.evaluation.lm_eval.files import task_files
 from forgetless.evaluation.lm_eval.tasks import open_tasks
-from forgetless.methods.base import Method
+from forgetless.methods.base import AnyMethod, Method
 from forgetless.models.load import LoadedModel
 from forgetless.models.targets import find_targets
 from forgetless.recipe import Recipe
@@ -72,15 +72,24 @@ def check_readable(specs: Sequence[DataSpec], *, needs_completion: bool = False)
     ]
 
 
-def check_layers(recipe: Recipe, method: Method, loaded: LoadedModel) -> None:
+def check_layers(recipe: Recipe, method: AnyMethod, loaded: LoadedModel) -> None:
     """Refuse targets that the model does not have, and ranks that its layers cannot hold.
 
     Raises:
         AdapterError: A pattern that matches no layer, or the output head; a layer that cannot hold
             the method's adapter.
-        MethodError: A layer that the method cannot start on.
+        MethodError: A layer that the method cannot start on, or a quantised base of which every
+            weight is to be trained.
     """
     targets = find_targets(loaded.model, recipe.targets).targets
+    if not isinstance(method, Method):
+        if loaded.quantization is not None:
+            raise MethodError(
+                f"method {method.name}: expected a full-precision base, as every weight trains, "
+                f"got {loaded.name} quantised ({loaded.quantization}); load it in full precision, "
+                "or take a method that trains an adapter"
+            )
+        return
     for target in targets.values():
         method.check_layer(target.name, target.in_features, target.out_features)
     refuse_unholdable(loaded.model, method, targets)

@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 
-from forgetless.adapters.attach import Attached
 from forgetless.evaluation.results import EvaluationReport
 from forgetless.experiments.output import plain_recipe
 from forgetless.experiments.prepare import Prepared
 from forgetless.experiments.record import LayerStart, ModelFacts, Record, TrainingFacts
+from forgetless.experiments.started import Started
 from forgetless.experiments.surroundings import git_commit, package_versions
 from forgetless.methods import method_options
 from forgetless.models.load import LoadedModel, describe_hardware, model_fingerprint
-from forgetless.models.targets import USUAL_REASONS
+from forgetless.models.pair import reference_of
+from forgetless.models.targets import USUAL_REASONS, base_of
 from forgetless.recipe import Recipe
 
 
@@ -24,7 +25,7 @@ def describe(
     recipe: Recipe,
     loaded: LoadedModel,
     data: Prepared,
-    attached: Attached,
+    started: Started,
     *,
     created: str,
     phases: dict[str, float],
@@ -41,19 +42,19 @@ def describe(
         label=label_of(recipe),
         created=created,
         seed=recipe.seed,
-        method=method_options(attached.method),
+        method=method_options(started.method),
         recipe=plain_recipe(recipe),
         versions=package_versions(),
         git_commit=git_commit(Path.cwd()),
         hardware=describe_hardware(),
-        model=_model_facts(loaded, attached),
+        model=_model_facts(loaded, started),
         data=data.facts,
         phases=phases,
         layers={
             name: LayerStart(site=start.site, rank=start.rank, diagnostics=dict(start.diagnostics))
-            for name, start in attached.starts.items()
+            for name, start in started.starts.items()
         },
-        skipped_layers=attached.skipped,
+        skipped_layers=started.skipped,
         warnings=warnings,
         training=training,
         evaluation=evaluation,
@@ -89,8 +90,8 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _model_facts(loaded: LoadedModel, attached: Attached) -> ModelFacts:
-    base = attached.model.get_base_model()
+def _model_facts(loaded: LoadedModel, started: Started) -> ModelFacts:
+    base = base_of(reference_of(started.model))
     adapter = sum(p.numel() for name, p in base.named_parameters() if "lora_" in name)
     return ModelFacts(
         name=loaded.name,

@@ -137,7 +137,7 @@ def export_folder(
             base_name=name,
             revision=loaded.revision,
             tokenizer=loaded.tokenizer,
-            checkpoint_dtype=_checkpoint_dtype(name, loaded.revision),
+            checkpoint_dtype=checkpoint_dtype(name, loaded.revision),
         )
         chosen.check(job)
         metric = IDENTITY
@@ -209,7 +209,7 @@ def _base_of_adapter(folder: Path) -> tuple[str, str | None]:
     return str(name), config.get("revision")
 
 
-def _checkpoint_dtype(name: str, revision: str | None) -> torch.dtype:
+def checkpoint_dtype(name: str, revision: str | None) -> torch.dtype:
     """The dtype that the base's own configuration names; float32 where it names none."""
     config = AutoConfig.from_pretrained(base_reference(name), revision=revision)
     return config.dtype or config.get_text_config().dtype or torch.float32

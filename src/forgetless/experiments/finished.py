@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from forgetless.adapters.card import write_card
 from forgetless.errors import RecipeError
 from forgetless.experiments.checks import data_of, measured_files
 from forgetless.experiments.data_files import changed_files
 from forgetless.experiments.describe import label_of
 from forgetless.experiments.mending import mend
-from forgetless.experiments.model_card import card_facts
 from forgetless.experiments.model_files import changed_model_files
 from forgetless.experiments.numbers import join_words
 from forgetless.experiments.output import SHOWING, RunFolder, completed, differing, plain_recipe
+from forgetless.experiments.product import product_of
 from forgetless.experiments.progress import Progress
 from forgetless.experiments.record import Record, load_record, save_record
 from forgetless.experiments.report import write_report
@@ -67,6 +66,6 @@ def _relabel(recipe: Recipe, folder: RunFolder, record: Record) -> None:
     label = label_of(recipe)
     renamed = record.model_copy(update={"label": label, "recipe": plain_recipe(recipe)})
     folder.claim(recipe)
-    write_card(folder.adapter, card_facts(renamed))
+    product_of(renamed.method, folder).write_card(renamed)
     write_report([renamed], folder.report)
     save_record(renamed, folder.record)

@@ -1,4 +1,4 @@
-"""Measure an adapter that somebody trained, with the model and evaluation items of a recipe."""
+"""Measure what somebody trained, with the base model and evaluation items of a recipe."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from transformers import PreTrainedModel
+
+from forgetless.adapters.exported_files import WHOLE_MODEL
 from forgetless.adapters.load import read_adapter_config
 from forgetless.adapters.plain_lora import beyond_plain_lora
 from forgetless.atomic import write_atomically
@@ -16,8 +20,10 @@ from forgetless.evaluation.results import EvaluationReport
 from forgetless.experiments.adapter_folder import adapter_folder
 from forgetless.experiments.base_model import load_base
 from forgetless.experiments.checks import check_readable, check_tasks, items_of
+from forgetless.experiments.exporting import checkpoint_dtype
 from forgetless.experiments.progress import Progress, warnings_heard
 from forgetless.models.cache import cache_dir
+from forgetless.models.load import load_model
 from forgetless.recipe import Recipe
 from forgetless.training.quiet import libraries_quiet
 
@@ -26,17 +32,19 @@ def measure_adapter(
     recipe: Recipe,
     adapter: Path,
     *,
+    tuned: str | None = None,
     progress: Progress | None = None,
     allow_task_code: bool = False,
 ) -> list[EvaluationReport]:
-    """Gain, retention and movement of any LoRA of PEFT; at scale 1, then at the recipe's `scales`.
+    """Gain, retention and movement of any LoRA of PEFT, or of a whole model beside its base.
 
-    Nothing is known of the adapter's training rows: that they are apart from the evaluation rows is
-    the reader's to check.
+    At scale 1, then at the recipe's `scales`. Nothing is known of the training rows: that
+    they are apart from the evaluation rows is the reader's to check.
 
     Args:
         recipe: Its model and `evaluation` are used.
-        adapter: Folder of the adapter, or of a run.
+        adapter: Folder of the adapter, or of a run; not looked at where `tuned` is given.
+        tuned: A whole model, by path or hub id, or the folder of a run that trained one.
         progress: Hears of the phases, and of warnings.
         allow_task_code: Whether the recipe's folder of lm-eval tasks may run Python.
 
@@ -48,9 +56,10 @@ def measure_adapter(
     wanted = recipe.evaluation
     if not wanted.measures:
         raise RecipeError("evaluation: expected gain or retention items, got none; add some")
-    folder = adapter_folder(adapter)
+    whole = _whole_model(adapter if tuned is None else Path(tuned)) or tuned
+    folder = adapter_folder(adapter) if whole is None else None
     scales = [scale for scale in wanted.scales or () if scale != 1.0]
-    beyond = beyond_plain_lora(read_adapter_config(folder)) if scales else []
+    beyond = beyond_plain_lora(read_adapter_config(folder)) if folder and scales else []
     if beyond:
         raise RecipeError(
             f"evaluation.scales: expected an adapter that is its update alone, got {beyond[0]} in "
@@ -61,14 +70,16 @@ def measure_adapter(
     with libraries_quiet(), warnings_heard(heard.warn):
         with heard.phase("load"):
             loaded = load_base(recipe, heard)
+            measured = loaded.model if whole is None else _load_tuned(whole, recipe)
         reports = []
         for scale in (1.0, *scales):
             with heard.phase(f"evaluate at scale {scale:g}"):
                 reports.append(
                     evaluate(
-                        loaded.model,
+                        measured,
                         loaded.tokenizer,
                         adapter=folder,
+                        base=None if whole is None else loaded.model,
                         gain=wanted.gain,
                         retention=wanted.retention,
                         lm_eval=wanted.lm_eval,
@@ -81,6 +92,22 @@ def measure_adapter(
                     )
                 )
     return reports
+
+
+def _whole_model(folder: Path) -> str | None:
+    """The model of a run that trained every weight."""
+    return str(folder / "model") if WHOLE_MODEL.is_in(folder / "model") else None
+
+
+def _load_tuned(name: str, recipe: Recipe) -> PreTrainedModel:
+    """In the recipe's dtype; in float32 where it was saved so: rounding would take small steps."""
+    is_float32 = Path(name).is_dir() and checkpoint_dtype(name, None) == torch.float32
+    return load_model(
+        name,
+        dtype="float32" if is_float32 else recipe.dtype,
+        device=recipe.device,
+        trust_remote_code=recipe.trust_remote_code,
+    ).model
 
 
 def check_figures_file(path: Path) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from forgetless.adapters.attach import Attached
 from forgetless.data.rows import RowSet
 from forgetless.evaluation.evaluate import evaluate
 from forgetless.evaluation.items import EvaluationItem, teacher_forced
 from forgetless.evaluation.results import EvaluationReport
+from forgetless.experiments.started import Started
 from forgetless.models.load import LoadedModel
 from forgetless.recipe import EvaluationRecipe
 
@@ -20,18 +20,18 @@ BASELINE_SCALES = (0.25, 0.5)
 def measure_run(
     wanted: EvaluationRecipe,
     loaded: LoadedModel,
-    attached: Attached,
+    started: Started,
     *,
     cache: Path,
     advance: Callable[[int, int, str], None],
     allow_task_code: bool = False,
 ) -> tuple[EvaluationReport, list[EvaluationReport]]:
-    """Measure a trained adapter.
+    """Measure what was trained.
 
     Args:
         wanted: The recipe's evaluation part.
         loaded: The base and its tokenizer.
-        attached: The trained adapter on it.
+        started: What was trained from it.
         cache: Keeps the base's own figures.
         advance: Hears of rows done, rows in all, and the stage.
         allow_task_code: Whether the recipe's folder of lm-eval tasks may run Python.
@@ -49,14 +49,14 @@ def measure_run(
         only: Callable[[EvaluationItem], EvaluationItem] = lambda item: item,
     ) -> EvaluationReport:
         return evaluate(
-            attached.model,
+            started.model,
             loaded.tokenizer,
             gain=[only(item) for item in wanted.gain],
             retention=[only(item) for item in wanted.retention],
             lm_eval=wanted.lm_eval if scale == 1.0 else None,  # they generate, or take long
             allow_task_code=allow_task_code,
             movement_data=movement_data,
-            calibration_moments=attached.moments.get("preserve"),
+            calibration_moments=started.moments.get("preserve"),
             scale=scale,
             samples=samples,
             base_cache=cache,
@@ -73,10 +73,10 @@ def measure_run(
     whole = measure(1.0, wanted.samples)
     if not (wanted.gain or wanted.retention):
         return whole, []
-    return whole, [scaled(scale) for scale in _scales(wanted, attached) if scale != 1.0]
+    return whole, [scaled(scale) for scale in _scales(wanted, started) if scale != 1.0]
 
 
-def _scales(wanted: EvaluationRecipe, attached: Attached) -> Sequence[float]:
+def _scales(wanted: EvaluationRecipe, started: Started) -> Sequence[float]:
     if wanted.scales is not None:
         return wanted.scales
-    return BASELINE_SCALES if attached.method.form == "plain" else ()
+    return BASELINE_SCALES if started.method.form == "plain" else ()

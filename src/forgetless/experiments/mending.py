@@ -4,63 +4,44 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
-from forgetless.adapters.card import write_card
-from forgetless.adapters.export import export
-from forgetless.adapters.load import WEIGHTS, load_adapter, read_adapter_config
-from forgetless.adapters.round_trip import PROBE_TEXT, check_round_trip
-from forgetless.errors import ArtefactError, ForgetlessError
+from forgetless.adapters.round_trip import PROBE_TEXT
+from forgetless.errors import ArtefactError
 from forgetless.experiments.base_model import load_base
-from forgetless.experiments.model_card import card_facts
 from forgetless.experiments.output import RunFolder
+from forgetless.experiments.product import Product, product_of
 from forgetless.experiments.progress import Progress, warnings_heard
 from forgetless.experiments.record import Record
 from forgetless.experiments.report import is_whole_report, write_report
-from forgetless.models.load import base_reference
 from forgetless.recipe import Recipe
 from forgetless.training.checkpoint import latest_checkpoint, read_marker
 from forgetless.training.quiet import libraries_quiet
 
 
 def mend(recipe: Recipe, folder: RunFolder, record: Record, heard: Progress) -> None:
-    """Write the report from the record, and export the adapter from its checkpoint, where needed.
+    """Write the report from the record, and export anew from the last checkpoint, where needed.
 
     Raises:
-        ArtefactError: The adapter is gone or damaged, and so is its last checkpoint.
+        ArtefactError: What was exported is gone or damaged, and so is the last checkpoint.
     """
     if not is_whole_report(folder.report):
         heard.note(f"{folder.report} is gone or damaged; it is written again, from the record")
         write_report([record], folder.report)
-    fault = _adapter_fault(folder.adapter)
+    product = product_of(record.method, folder)
+    fault = product.fault()
     if fault is None:
         return
     checkpoint = _trained(folder, record)
     if checkpoint is None:
         raise ArtefactError(
-            f"{folder.adapter}: expected the exported adapter, got {fault}, and no checkpoint of "
-            f"step {record.training.steps} to export it from; copy the adapter back, or train "
+            f"{product.folder}: expected the exported {product.noun}, got {fault}, and no "
+            f"checkpoint of step {record.training.steps} to export it from; copy it back, or train "
             "again with output= set to another folder (the record and the report here stay valid)"
         )
     heard.note(
-        f"{folder.adapter} is gone or damaged ({fault}); it is exported again, from {checkpoint}"
+        f"{product.folder} is gone or damaged ({fault}); it is exported again, from {checkpoint}"
     )
-    _export(recipe, checkpoint, folder.adapter, heard)
-    write_card(folder.adapter, card_facts(record))
-
-
-def _adapter_fault(folder: Path) -> str | None:
-    """What is wrong with an exported adapter; None where it opens and is as long as it says."""
-    if not folder.is_dir():
-        return "no folder"
-    try:
-        read_adapter_config(folder)
-        with safe_open(folder / WEIGHTS, framework="pt") as tensors:
-            return None if tensors.keys() else "no tensors"
-    except ForgetlessError as error:
-        return str(error)
-    except (OSError, SafetensorError) as error:
-        return f"{WEIGHTS}: {str(error).strip()}"
+    _export(recipe, checkpoint, product, heard)
+    product.write_card(record)
 
 
 def _trained(folder: RunFolder, record: Record) -> Path | None:
@@ -70,13 +51,11 @@ def _trained(folder: RunFolder, record: Record) -> Path | None:
     return newest if marker is not None and marker.step == record.training.steps else None
 
 
-def _export(recipe: Recipe, checkpoint: Path, adapter: Path, heard: Progress) -> None:
+def _export(recipe: Recipe, checkpoint: Path, product: Product, heard: Progress) -> None:
     with libraries_quiet(), warnings_heard(heard.warn):
         with heard.phase("load"):
             loaded = load_base(recipe, heard)
-            model = load_adapter(loaded.model, checkpoint)
+            model = product.trained(loaded, checkpoint)
         with heard.phase("export"):
-            name = base_reference(loaded.name)
-            export(model, adapter, base_name=name, revision=loaded.revision)
             probe = loaded.tokenizer(PROBE_TEXT, return_tensors="pt").input_ids.to(loaded.device)
-            check_round_trip(model, adapter, probe)
+            product.write(model, loaded, probe)

@@ -17,7 +17,7 @@ from forgetless.errors import ArtefactError
 from forgetless.evaluation.results import EvaluationReport, ItemResult
 from forgetless.experiments.markdown import markdown_table
 from forgetless.experiments.record import Record, load_record
-from forgetless.methods import make_method
+from forgetless.methods import make_any_method
 
 _SHOWN_VERSIONS = ("forgetless", "peft", "transformers", "torch")
 
@@ -66,7 +66,7 @@ def _without_figures(record: Record) -> CardFacts:
     return CardFacts(
         base=base,
         quantization=record.model.quantization,
-        method=make_method(record.method),
+        method=make_any_method(record.method),
         recipe=recipe,
         trained=_trained(record),
         made=", ".join([record.created, *versions]),

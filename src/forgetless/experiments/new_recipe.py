@@ -19,7 +19,8 @@ from forgetless.data.spec import DataSpec
 from forgetless.data.templates import fill
 from forgetless.errors import DataError, RecipeError
 from forgetless.escaping import one_line
-from forgetless.methods import make_method
+from forgetless.methods import make_any_method
+from forgetless.methods.base import Method
 from forgetless.models.describe import renders_chat
 from forgetless.recipe import Recipe, load_recipe
 
@@ -84,7 +85,7 @@ def write_recipe(
     if path.is_dir() or (path.exists() and not force):
         got = "a folder" if path.is_dir() else "one; --force replaces it"
         raise RecipeError(f"{path}: expected no file of that name yet, got {got}")
-    make_method(method)
+    make_any_method(method)
     chat = renders_chat(model)
     learned = _source(train, chat, test)
     kept = [None if name == "self" else _source(name, chat, None) for name in preserve]
@@ -157,7 +158,7 @@ def _notes(chat: bool | None, model: str, sources: Sequence[_Source]) -> tuple[s
 def _text(
     path: Path, model: str, method: str, learned: _Source, kept: Sequence[_Source | None]
 ) -> str:
-    made = make_method(method)
+    made = make_any_method(method)
     own = {"self": True, "rows": [0, SELF_ROWS], "max_length": SELF_LENGTH}
     own_held = {
         "self": True,
@@ -170,6 +171,7 @@ def _text(
         {"name": name} | (own_held if source is None else source.held)
         for name, source in zip(_item_names(kept), kept, strict=True)
     ]
+    named = {"name": method} | ({"rank": 32} if isinstance(made, Method) else {})
     rate = f"{made.default_learning_rate:g}"
     lines = [
         f"# {one_line(shlex.join(['forgetless', 'run', str(path)]))}",
@@ -179,7 +181,7 @@ def _text(
         "",
         _line("model", model, "hub id, path, or demo"),
         _noted("# quantization: nf4", "or int8, torchao-int8"),
-        _line("method", {"name": method, "rank": 32}, "forgetless methods lists them"),
+        _line("method", named, "forgetless methods lists them"),
         "",
         "# What is to be learned. {column} is filled in from each row.",
         "train_data:",

@@ -51,6 +51,7 @@ class RunFolder:
         self.state = path / "state.json"
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter"
+        self.model = path / "model"  # in place of an adapter, where every weight trains
         self.record = path / "record.json"
         self.report = path / "report.html"
 

@@ -17,7 +17,7 @@ from forgetless.errors import DataError
 from forgetless.evaluation.items import EvaluationItem
 from forgetless.evaluation.loaded import LoadedItem, check_item
 from forgetless.experiments.record import DataFacts
-from forgetless.methods.base import Method
+from forgetless.methods.base import AnyMethod
 from forgetless.models.load import LoadedModel
 from forgetless.recipe import Recipe
 from forgetless.training.options import TrainingOptions
@@ -159,7 +159,7 @@ def _by_role(sources: Sequence[_Source]) -> dict[str, list[RowSet]]:
     return grouped
 
 
-def training_options(recipe: Recipe, method: Method) -> TrainingOptions:
+def training_options(recipe: Recipe, method: AnyMethod) -> TrainingOptions:
     """The recipe's training part with the method's defaults for what it leaves open."""
     values = recipe.training.model_dump(exclude={"validation_rows", "regularisers"})
     rate, decay = values.pop("learning_rate"), values.pop("weight_decay")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from forgetless.adapters.attach import Attached
+from collections.abc import Mapping
+
+from forgetless.calibration.engine import SiteMoments
 from forgetless.data.tokens import tokenize
 from forgetless.experiments.prepare import Prepared
 from forgetless.methods.base import Role
@@ -24,7 +26,10 @@ def uses_preserve(recipe: Recipe) -> bool:
 
 
 def preserve_data(
-    recipe: Recipe, loaded: LoadedModel, data: Prepared, attached: Attached
+    recipe: Recipe,
+    loaded: LoadedModel,
+    data: Prepared,
+    moments: Mapping[Role, SiteMoments],
 ) -> PreserveData:
     """Moments and rows to keep; rows to train on end as train rows do, sampled ones as they are."""
     trained = any(one.trains_on_rows for one in make_regularisers(recipe.training.regularisers))
@@ -34,4 +39,4 @@ def preserve_data(
         if trained
         for row in tokenize(rows, loaded.tokenizer, append_eos=not rows.spec.self_sampled)
     ]
-    return PreserveData(attached.moments.get("preserve"), data.preserve_rows, to_train_on)
+    return PreserveData(moments.get("preserve"), data.preserve_rows, to_train_on)

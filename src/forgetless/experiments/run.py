@@ -10,10 +10,6 @@ from typing import Any
 
 import torch
 
-from forgetless.adapters.attach import Attached, attach_rows
-from forgetless.adapters.card import write_card
-from forgetless.adapters.export import export
-from forgetless.adapters.round_trip import check_round_trip
 from forgetless.errors import ArtefactError
 from forgetless.experiments.base_model import load_base
 from forgetless.experiments.checks import (
@@ -27,18 +23,18 @@ from forgetless.experiments.data_files import hash_files
 from forgetless.experiments.describe import describe, skipped_notes
 from forgetless.experiments.finished import settle
 from forgetless.experiments.measure_run import measure_run
-from forgetless.experiments.model_card import card_facts
 from forgetless.experiments.model_files import stamp_model
 from forgetless.experiments.output import Clock, RunFolder
 from forgetless.experiments.prepare import Prepared, prepare, training_options
+from forgetless.experiments.product import product_of
 from forgetless.experiments.progress import Progress, warnings_heard
 from forgetless.experiments.record import TrainingFacts, save_record
-from forgetless.experiments.regularised import calibrated_for, preserve_data, uses_preserve
+from forgetless.experiments.regularised import preserve_data, uses_preserve
 from forgetless.experiments.report import write_report
-from forgetless.methods import make_method
-from forgetless.methods.base import Method
+from forgetless.experiments.started import Started, start_run
+from forgetless.methods import make_any_method
 from forgetless.models.cache import cache_dir
-from forgetless.models.load import LoadedModel, base_reference
+from forgetless.models.load import LoadedModel
 from forgetless.recipe import Recipe
 from forgetless.training.callbacks import ReportSteps
 from forgetless.training.quiet import libraries_quiet
@@ -58,7 +54,8 @@ def run(
 
     Args:
         recipe: What to do. Its `output` folder holds `recipe.yaml`, `checkpoints/`, `adapter/` (a
-            plain LoRA), `record.json` and `report.html` in the end.
+            plain LoRA; `model/` where every weight trains), `record.json` and `report.html` in
+            the end.
         progress: Hears of phases, steps, notes and warnings; silent by default.
         resume: Command that does the same again, told to the user on Ctrl-C.
         allow_task_code: Whether the folder `evaluation.lm_eval.include_path` may run Python.
@@ -81,7 +78,7 @@ def run(
 
 def calibrate_only(
     recipe: Recipe, *, progress: Progress | None = None, resume: str | None = None
-) -> Attached:
+) -> Started:
     """Collect second moments into the cache and start the adapter; a later `run` re-uses them."""
     heard = progress or Progress()
     folder = RunFolder(recipe.output)
@@ -147,12 +144,13 @@ class _Run:
         self.progress = progress
         self.clock = Clock(folder.state)
         self.cache = cache_dir() / "runs"
-        self.method: Method = make_method(recipe.method)
+        self.method = make_any_method(recipe.method)
+        self.product = product_of(recipe.method, folder)
         self.warnings: list[str] = []
         self.files: dict[str, str] = {}
         self.model_files: dict[str, str] = {}
 
-    def go_to_calibrated(self) -> Attached:
+    def go_to_calibrated(self) -> Started:
         refuse_data_parallel()
         with libraries_quiet(), warnings_heard(self._warn):
             return self._prepared()[2]
@@ -160,33 +158,33 @@ class _Run:
     def go_to_trained(self) -> TrainingFacts:
         refuse_data_parallel()
         with libraries_quiet(), warnings_heard(self._warn):
-            loaded, data, attached = self._prepared()
+            loaded, data, started = self._prepared()
             with self._phase("train"):
-                return self._train(loaded, data, attached)
+                return self._train(loaded, data, started)
 
     def go(self, *, allow_task_code: bool) -> Path:
         refuse_data_parallel()
         with libraries_quiet(), warnings_heard(self._warn):
-            loaded, data, attached = self._prepared()
+            loaded, data, started = self._prepared()
             with self._phase("train"):
-                training = self._train(loaded, data, attached)
+                training = self._train(loaded, data, started)
             with self._phase("evaluate"):
                 evaluation, scaled = measure_run(
                     self.recipe.evaluation,
                     loaded,
-                    attached,
+                    started,
                     cache=self.cache,
                     advance=self._advance,
                     allow_task_code=allow_task_code,
                 )
             with self._phase("export"):
-                exported = self._export(loaded, data, attached)
+                exported = self._export(loaded, data, started)
         with self._phase("report"):
             record = describe(
                 self.recipe,
                 loaded,
                 data,
-                attached,
+                started,
                 created=self.clock.created,
                 phases=self.clock.phases,
                 warnings=self.warnings,
@@ -197,19 +195,19 @@ class _Run:
                 files=self.files,
                 model_files=self.model_files,
             )
-            write_card(self.folder.adapter, card_facts(record))
+            self.product.write_card(record)
             write_report([record], self.folder.report)
         record.phases, record.processor = self.clock.phases, self.clock.processor
         # Last of all: a record says that the run is finished.
         return save_record(record, self.folder.record)
 
-    def _prepared(self) -> tuple[LoadedModel, Prepared, Attached]:
+    def _prepared(self) -> tuple[LoadedModel, Prepared, Started]:
         with self._phase("load"):
             loaded = self._load()
         with self._phase("data"):
             data = self._data(loaded)
         with self._phase("calibrate"):
-            return loaded, data, self._attach(loaded, data)
+            return loaded, data, self._start(loaded, data)
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -256,41 +254,35 @@ class _Run:
             self._warn("evaluation: no items are given, so that nothing is measured")
         return data
 
-    def _attach(self, loaded: LoadedModel, data: Prepared) -> Attached:
-        attached = attach_rows(
-            loaded.model,
-            loaded.tokenizer,
-            method=self.method,
-            row_sets={"train": data.train, "preserve": data.preserve},
-            also=calibrated_for(self.recipe),
-            targets=self.recipe.targets,
-            source_weights=self.recipe.calibration.source_weights,
-            batch_size=self.recipe.calibration.batch_size,
-            min_tokens=self.recipe.calibration.min_tokens,
-            cache=self.cache if self.recipe.calibration.cache else None,
-            seed=self.recipe.seed,
+    def _start(self, loaded: LoadedModel, data: Prepared) -> Started:
+        started = start_run(
+            self.recipe,
+            self.method,
+            loaded,
+            data,
+            cache=self.cache,
             progress=lambda role, done, total: self._advance(done, total, role),
         )
-        for text in skipped_notes(attached.skipped):
+        for text in skipped_notes(started.skipped):
             self.progress.note(text)
-        return attached
+        return started
 
-    def _train(self, loaded: LoadedModel, data: Prepared, attached: Attached) -> TrainingFacts:
+    def _train(self, loaded: LoadedModel, data: Prepared, started: Started) -> TrainingFacts:
         options = training_options(self.recipe, self.method)
-        preserve = preserve_data(self.recipe, loaded, data, attached)
+        preserve = preserve_data(self.recipe, loaded, data, started.moments)
         rows = mixed_rows(data.train_rows, options, preserve, self.recipe.seed)
         self.progress.note(
             f"{options.num_steps(len(rows))} steps at learning rate "
             f"{options.learning_rate:g} ({options.learning_rate_source})"
         )
         return train(
-            attached.model,
+            started.model,
             loaded.tokenizer,
             data.train_rows,
             options=options,
             output=self.folder.checkpoints,
             seed=self.recipe.seed,
-            start=attached.origin,
+            start=started.origin,
             preserve=preserve,
             validation_rows=data.validation_rows,
             callbacks=[ReportSteps(self._advance, resumed=self._tell_resumed)],
@@ -299,18 +291,6 @@ class _Run:
     def _tell_resumed(self, step: int) -> None:
         self.progress.note(f"resumed from step {step}")
 
-    def _export(self, loaded: LoadedModel, data: Prepared, attached: Attached) -> dict[str, Any]:
-        export(
-            attached.model,
-            self.folder.adapter,
-            base_name=base_reference(loaded.name),
-            revision=loaded.revision,
-        )
+    def _export(self, loaded: LoadedModel, data: Prepared, started: Started) -> dict[str, Any]:
         probe = torch.tensor([data.train_rows[0].input_ids], device=loaded.device)
-        check = check_round_trip(attached.model, self.folder.adapter, probe)
-        return {
-            "folder": self.folder.adapter.name,
-            "max_difference": check.max_difference,
-            "max_logit": check.max_logit,
-            "max_update_error": check.max_update_error,
-        }
+        return self.product.write(started.model, loaded, probe)

@@ -89,6 +89,24 @@ def row_space(a_RD: Tensor) -> Tensor:
     return basis_DR.contiguous()
 
 
+def core_and_row_space(delta_OD: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
+    """What `isometric_core` and `row_space` are of factors, of a ΔW that is known as a whole.
+
+    Args:
+        delta_OD: ΔW, a difference of two stored weights.
+        rounding: Spectral norm that their rounding alone can give a difference; directions below it
+            are not counted.
+
+    Returns:
+        C (P, D), P = min(O, D), with ‖C x‖ = ‖ΔW x‖ for every x, and an orthonormal basis (D, R) of
+        the R directions above `rounding`.
+    """
+    with full_precision():
+        _, sigma_P, right_PD = torch.linalg.svd(delta_OD, full_matrices=False)
+    basis_DR: Tensor = right_PD[sigma_P > rounding].T
+    return sigma_P[:, None] * right_PD, basis_DR.contiguous()
+
+
 @dataclass(frozen=True, slots=True)
 class Truncation:
     """Factors of a lower rank, and what that cost in the metric of a second moment M.

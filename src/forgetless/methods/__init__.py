@@ -7,10 +7,11 @@ from typing import Any
 
 from forgetless.errors import MethodError
 from forgetless.methods.astra import Astra
-from forgetless.methods.base import Method
+from forgetless.methods.base import AnyMethod, Method
 from forgetless.methods.contrastive import ContrastiveBasis
 from forgetless.methods.corda import CorDA
 from forgetless.methods.eva import EVA
+from forgetless.methods.full import FullFineTuning
 from forgetless.methods.lora import LoRA, LoRAWeightDecay
 from forgetless.methods.lora_ga import LoRAGA
 from forgetless.methods.lora_null import LoRANull
@@ -40,6 +41,9 @@ METHODS: dict[str, type[Method]] = {
     )
 }
 
+# What a recipe may name: those that start an adapter, and what trains every weight.
+ALL_METHODS: dict[str, type[AnyMethod]] = {**METHODS, FullFineTuning.name: FullFineTuning}
+
 MethodInput = str | Mapping[str, Any] | Method
 
 
@@ -59,11 +63,26 @@ def make_method(method: MethodInput, rank: int | None = None) -> Method:
             raise MethodError(f"rank: expected {method.rank} as in the method given, got {rank!r}")
         return method
     options: dict[str, Any] = {"name": method} if isinstance(method, str) else dict(method)
+    if options.get("name") == FullFineTuning.name:
+        raise MethodError(
+            f"method {FullFineTuning.name}: expected a method that starts an adapter, got one that "
+            "trains every weight; put `method: full` into a recipe (forgetless run), or train a "
+            "copy of the base in your own script and measure it with forgetless.evaluate(base=...)"
+        )
     if rank is not None and options.setdefault("rank", rank) != rank:
         raise MethodError(f"rank: given twice, as {options['rank']} and as {rank}; give it once")
     return make_named(options, METHODS, what="method", error=MethodError)
 
 
-def method_options(method: Method) -> dict[str, Any]:
+def make_any_method(method: str | Mapping[str, Any]) -> AnyMethod:
+    """Build what a recipe names: as `make_method`, or full fine-tuning.
+
+    Raises:
+        MethodError: As `make_method`.
+    """
+    return make_named(method, ALL_METHODS, what="method", error=MethodError)
+
+
+def method_options(method: AnyMethod) -> dict[str, Any]:
     """Name and all options, as `make_method` takes them."""
     return options_of(method)

@@ -16,6 +16,7 @@ from forgetless.errors import MethodError
 from forgetless.linalg.moments import SecondMoment
 
 Trains = Literal["plain", "a", "b", "both"]
+Held = Literal["plain", "a", "b", "both", "full"]  # a form of adapter, or every weight
 Role = Literal["train", "preserve"]
 
 # Source of the default rates of the methods that start from data.
@@ -91,66 +92,42 @@ class AdapterInit:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method(ABC):
-    """A way to start an adapter, and what then trains.
+class AnyMethod(ABC):
+    """What a run is told of how it tunes: with an adapter, or every weight.
 
     Subclasses are frozen dataclasses of options. Class attributes tell the rest of the product what
     it must know: no other module asks for a method by its name.
 
     Attributes:
-        rank: R.
-        alpha: LoRA's alpha; ΔW is scaled by alpha / rank. None means alpha = rank, scale 1.
-        rslora: Scale by alpha / √rank in its place (rsLoRA, arXiv:2312.03732), so that a rate that
-            suits one rank suits another.
         name: Name on the command line and in recipes.
         title: One line: what it does.
         paper: Source, as an arXiv id with the authors' short title.
         bibtex: Entries to cite, with the paper's own authors and title.
         promise: One line: what it keeps, and what it does not.
-        usual_form: `form`, where no option changes it.
         usual_needs: `needs`, where no option changes them.
         usual_rate: `default_learning_rate`, where no option changes it.
         usual_rate_source: Where that figure comes from.
         default_weight_decay: Used where the user gives none.
     """
 
-    rank: int = 32
-    alpha: float | None = None
-    rslora: bool = False
-
     name: ClassVar[str]
     title: ClassVar[str]
     paper: ClassVar[str]
     bibtex: ClassVar[tuple[str, ...]]
     promise: ClassVar[str]
-    usual_form: ClassVar[Trains]
     usual_needs: ClassVar[frozenset[Role]] = frozenset()
     usual_rate: ClassVar[float] = 2e-4
     usual_rate_source: ClassVar[str] = UNTUNED_RATE
     default_weight_decay: ClassVar[float] = 0.0
-
-    def __post_init__(self) -> None:
-        """Check the options that all methods share."""
-        self._require(self.rank >= 1, f"rank: expected at least 1, got {self.rank}")
-        self._require(
-            self.alpha is None or 0 < self.alpha < math.inf,
-            f"alpha: expected a finite number above 0, got {self.alpha}",
-        )
 
     def _require(self, condition: bool, message: str) -> None:
         if not condition:
             raise MethodError(f"method {self.name}: {message}")
 
     @property
-    def lora_alpha(self) -> float:
-        """What ordinary LoRA, which scales by alpha / rank, needs as alpha."""
-        alpha = float(self.rank) if self.alpha is None else self.alpha
-        return alpha * math.sqrt(self.rank) if self.rslora else alpha
-
-    @property
-    def form(self) -> Trains:
-        """Which form holds the adapter: what trains."""
-        return self.usual_form
+    @abstractmethod
+    def form(self) -> Held:
+        """What trains."""
 
     @property
     def needs(self) -> frozenset[Role]:
@@ -184,6 +161,44 @@ class Method(ABC):
     def learning_rate_source(self) -> str:
         """Where `default_learning_rate` comes from."""
         return self.usual_rate_source
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(AnyMethod):
+    """A way to start an adapter, and what then trains.
+
+    Attributes:
+        rank: R.
+        alpha: LoRA's alpha; ΔW is scaled by alpha / rank. None means alpha = rank, scale 1.
+        rslora: Scale by alpha / √rank in its place (rsLoRA, arXiv:2312.03732), so that a rate that
+            suits one rank suits another.
+        usual_form: `form`, where no option changes it.
+    """
+
+    rank: int = 32
+    alpha: float | None = None
+    rslora: bool = False
+
+    usual_form: ClassVar[Trains]
+
+    def __post_init__(self) -> None:
+        """Check the options that all methods share."""
+        self._require(self.rank >= 1, f"rank: expected at least 1, got {self.rank}")
+        self._require(
+            self.alpha is None or 0 < self.alpha < math.inf,
+            f"alpha: expected a finite number above 0, got {self.alpha}",
+        )
+
+    @property
+    def lora_alpha(self) -> float:
+        """What ordinary LoRA, which scales by alpha / rank, needs as alpha."""
+        alpha = float(self.rank) if self.alpha is None else self.alpha
+        return alpha * math.sqrt(self.rank) if self.rslora else alpha
+
+    @property
+    def form(self) -> Trains:
+        """Which form holds the adapter: what trains."""
+        return self.usual_form
 
     @abstractmethod
     def init(

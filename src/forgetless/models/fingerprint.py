@@ -185,16 +185,25 @@ def _architecture(model: nn.Module) -> str:
     if not isinstance(base, PreTrainedModel):
         return type(base).__name__
     config: PreTrainedConfig = base.config
-    # to_dict leaves it out; a model with several parts may compute attention differently in each.
-    attention = [config._attn_implementation, config.get_text_config()._attn_implementation]
-    described = [type(base).__name__, _what_computes(config.to_dict()), attention]
+    described = [type(base).__name__, _without_ignored(config.to_dict()), _attention(config)]
     return json.dumps(described, sort_keys=True, default=str)
 
 
-def _what_computes(value: Any) -> Any:
+def what_computes(model: PreTrainedModel) -> dict[str, Any]:
+    """Class, attention and configuration, as far as they change results."""
+    found: dict[str, Any] = _without_ignored(model.config.to_dict())
+    return {"class": type(model).__name__, "attention": _attention(model.config), **found}
+
+
+def _attention(config: PreTrainedConfig) -> list[str]:
+    # to_dict leaves it out; a model with several parts may compute attention differently in each.
+    return [config._attn_implementation, config.get_text_config()._attn_implementation]
+
+
+def _without_ignored(value: Any) -> Any:
     """A configuration, with those of its parts, without the ignored keys."""
     if isinstance(value, dict):
-        return {str(k): _what_computes(v) for k, v in value.items() if k not in IGNORED_KEYS}
+        return {str(k): _without_ignored(v) for k, v in value.items() if k not in IGNORED_KEYS}
     return value
 
 

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from forgetless.errors import AdapterError
 from forgetless.models.dequantize import dense_weight, is_quantized
+from forgetless.models.pair import TunedPair
 
 HEAD, EMBEDDING = "output head", "embedding"
 USUAL_REASONS = (HEAD, EMBEDDING)  # layers that nobody expects to get an adapter
@@ -70,12 +71,12 @@ class TargetSelection:
 
 
 def base_of(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a PEFT model, or the model itself.
+    """The transformers model inside a PEFT model or a tuned pair, or the model itself.
 
     Raises:
         AdapterError: Neither of the two.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = model.get_base_model() if isinstance(model, PeftModel | TunedPair) else model
     if not isinstance(base, PreTrainedModel):
         raise AdapterError(
             f"model: expected a transformers model or a PeftModel, got {type(model).__name__}"

@@ -191,12 +191,20 @@ def refuse_silent_loss(model: PeftModel, adapter: str, checkpoint: Path) -> None
             raise ArtefactError(f"{checkpoint}: {name} was not restored; remove it to start anew")
 
 
-def load_finished(model: PeftModel, adapter: str, checkpoint: Path) -> TrainerState:
-    """Load the adapter of a run that was trained to its end; returns where the trainer stood."""
+def load_adapter_of(model: PeftModel, adapter: str, checkpoint: Path) -> None:
+    """Load a checkpoint's adapter, and make sure of every tensor of it.
+
+    Raises:
+        ArtefactError: As `refuse_silent_loss`.
+    """
     folder = checkpoint if adapter == "default" else checkpoint / adapter
     device = str(model.get_base_model().device)
     model.load_adapter(str(folder), adapter, is_trainable=True, torch_device=device)
     refuse_silent_loss(model, adapter, checkpoint)
+
+
+def trained_state(checkpoint: Path) -> TrainerState:
+    """Where the trainer stood."""
     return TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
 

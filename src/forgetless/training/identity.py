@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -56,33 +57,38 @@ class RunIdentity(BaseModel):
 
 
 def identity_of(
-    model: PeftModel,
-    adapter: str,
+    described: Mapping[str, Any],
+    device: torch.device,
     *,
     data: str,
     options: TrainingOptions,
     seed: int,
-    start: str | None = None,
 ) -> RunIdentity:
-    """Describe a run by its attached model, its data and its options, before the first step.
-
-    `start` names what the adapter's start follows from. The checkpoint holds the start itself: a
-    resume takes it from there, as the same solve with another number of threads ends in other bits.
-    """
-    device = model.get_base_model().device
-    config = model.peft_config[adapter]
+    """Describe a run by what it trains, its data and its options, before the first step."""
     return RunIdentity(
-        base=model_fingerprint(model),
-        adapter=adapter,
-        form=form_of(model, adapter).name,
-        rank=config.r,
-        alpha=config.lora_alpha,
-        scaling=_scaling(model, adapter),
-        start=_frozen_hash(model, adapter) if start is None else start,
+        **described,
         data=data,
         options={**options.identity(), "bf16": options.uses_bf16(device), "seed": seed},
         device=device.type,
     )
+
+
+def describe_adapter(model: PeftModel, adapter: str, start: str | None) -> dict[str, Any]:
+    """What an adapter contributes to the identity of a run.
+
+    `start` names what the adapter's start follows from. The checkpoint holds the start itself: a
+    resume takes it from there, as the same solve with another number of threads ends in other bits.
+    """
+    config = model.peft_config[adapter]
+    return {
+        "base": model_fingerprint(model),
+        "adapter": adapter,
+        "form": form_of(model, adapter).name,
+        "rank": config.r,
+        "alpha": config.lora_alpha,
+        "scaling": _scaling(model, adapter),
+        "start": _frozen_hash(model, adapter) if start is None else start,
+    }
 
 
 def active_adapter(model: PeftModel) -> str:

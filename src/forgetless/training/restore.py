@@ -11,16 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from peft import PeftModel
 from torch import nn
 
 from forgetless.models.state import left_as_found
+from forgetless.models.targets import base_of
 
 
 @contextmanager
-def training_undone(model: PeftModel) -> Iterator[None]:
-    """Undo on exit, also after an error or Ctrl-C, all that training changed but the adapter."""
-    base = model.get_base_model()
+def training_undone(model: nn.Module) -> Iterator[None]:
+    """Undo on exit, also after an error or Ctrl-C, all that training changed but what trains."""
+    base = base_of(model)
     was_checkpointing = base.is_activation_checkpointing
     hooks = {module: set(module._forward_hooks) for module in base.modules()}
     forwards = {module: module.__dict__.get("forward") for module in (model, base)}

@@ -1,4 +1,4 @@
-"""Train an attached adapter on tokenised rows, with TRL's SFTTrainer.
+"""Train an adapter, or every weight, on tokenised rows, with TRL's SFTTrainer.
 
 The loss is the mean negative log-likelihood over the completion tokens of all rows of an optimiser
 step, however they are split into forward passes. The base model and its forward are left as they
@@ -15,13 +15,10 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
 from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from forgetless.adapters.forms import adapted_layers, align_adapter_dtype, form_of
 from forgetless.data.tokens import (
     TokenRow,
     fingerprint_token_rows,
@@ -30,24 +27,27 @@ from forgetless.data.tokens import (
 )
 from forgetless.errors import ForgetlessWarning, TrainingError
 from forgetless.evaluation.likelihood import score_rows
-from forgetless.models.state import left_as_found, trainable_copy
+from forgetless.models.pair import TunedModel, TunedPair
+from forgetless.models.state import left_as_found
 from forgetless.training.callbacks import CheckGradients, MarkCheckpoints
-from forgetless.training.checkpoint import load_finished, resume_point
-from forgetless.training.identity import active_adapter, identity_of
+from forgetless.training.checkpoint import resume_point, trained_state
+from forgetless.training.full import FullSubject
+from forgetless.training.identity import identity_of
 from forgetless.training.loss import IGNORED
 from forgetless.training.options import TrainingOptions
 from forgetless.training.quiet import libraries_quiet
 from forgetless.training.regularisers.base import Binding, PreserveData
 from forgetless.training.restore import training_undone
 from forgetless.training.results import LogPoint, TrainingFacts
+from forgetless.training.subject import AdapterSubject, Subject
 from forgetless.training.terms import LOGGED
-from forgetless.training.trainer import AdapterTrainer
+from forgetless.training.trainer import SubjectTrainer
 
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
 def train(
-    model: PeftModel,
+    model: TunedModel,
     tokenizer: PreTrainedTokenizerBase,
     train_rows: Sequence[TokenRow],
     *,
@@ -59,10 +59,11 @@ def train(
     validation_rows: Sequence[TokenRow] = (),
     callbacks: Iterable[TrainerCallback] = (),
 ) -> TrainingFacts:
-    """Train the active adapter; goes on from the last complete checkpoint in `output`.
+    """Train what a model holds; goes on from the last complete checkpoint in `output`.
 
     Args:
-        model: An attached model with one active adapter, as it is at step 0.
+        model: An attached model with one active adapter, as it is at step 0; or a pair, of which
+            every weight of the tuned model trains.
         tokenizer: For the padding token; it is not changed.
         train_rows: Tokenised rows; those without a completion token teach nothing and are left out.
         options: How to train.
@@ -81,60 +82,65 @@ def train(
     Warns:
         ForgetlessWarning: The adapter did not move.
     """
-    adapter = active_adapter(model)
+    subject = _subject_of(model, options)
+    device = subject.causal.device
     refuse_data_parallel()
     kept = preserve or PreserveData()
     for regulariser in options.regularisers:
-        regulariser.check_form(form_of(model, adapter).name)
+        regulariser.check_form(subject.form)
     rows = mixed_rows(train_rows, options, kept, seed)
     if validation_rows:
         learnable(validation_rows, "validation data")
     data = fingerprint_token_rows(rows)
     if any(regulariser.needs_preserve for regulariser in options.regularisers):
         data += f"+{fingerprint_token_rows(kept.rows)}"
-    identity = identity_of(model, adapter, data=data, options=options, seed=seed, start=start)
-    before = trainable_copy(model)
+    described = subject.described(start)
+    identity = identity_of(described, device, data=data, options=options, seed=seed)
     point = resume_point(output, identity)
     resumed_from = () if point is None else point[1].resumed_from
     if point is not None and point[1].step >= options.num_steps(len(rows)):
         # The trainer would take one more step where the run ended within an epoch.
-        state = load_finished(model, adapter, point[0])
+        subject.load(point[0])
+        state = trained_state(point[0])
     else:
         if point is not None:
             resumed_from = (*resumed_from, point[1].step)
         watchers = [
-            CheckGradients(adapted_layers(model, adapter)),
+            CheckGradients(subject.watched()),
             MarkCheckpoints(output, identity, resumed_from),
+            *subject.callbacks(options),
         ]
-        binding = Binding(model, adapter, kept, tokenizer, seed)
-        with training_undone(model), libraries_quiet():
-            trainer = AdapterTrainer(
-                model,
-                adapter=adapter,
+        binding = Binding(model, subject.adapter, kept, tokenizer, seed)
+        with training_undone(subject.model), libraries_quiet():
+            trainer = SubjectTrainer(
+                subject,
                 lora_plus_ratio=options.lora_plus_ratio,
                 terms={one.name: one.bind(binding) for one in options.regularisers},
-                args=_arguments(model, options, output, seed=seed, num_rows=len(rows)),
+                args=_arguments(subject, options, output, seed=seed, num_rows=len(rows)),
                 train_dataset=_dataset(rows),
                 data_collator=DataCollatorForLanguageModeling(pad_token_id(tokenizer)),
                 processing_class=tokenizer,
                 callbacks=[*watchers, *callbacks],
             )
-            # TRL casts the trainable tensors of quantised models, and only those.
-            align_adapter_dtype(model, adapter)
+            subject.made_ready()
             trainer.train(resume_from_checkpoint=None if point is None else str(point[0]))
             state = trainer.state
-    _warn_if_unmoved(model, before, state.global_step)
+    _warn_if_unmoved(subject, state.global_step)
     return TrainingFacts(
         learning_rate=options.learning_rate,
         learning_rate_source=options.learning_rate_source,
         steps=state.global_step,
         epochs=state.epoch,
         tokens=state.num_input_tokens_seen,
-        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        trainable_parameters=sum(p.numel() for p in subject.model.parameters() if p.requires_grad),
         resumed_from=list(resumed_from),
         curve=_curve(state),
         validation_nll=mean_nll(model, tokenizer, validation_rows) if validation_rows else None,
     )
+
+
+def _subject_of(model: TunedModel, options: TrainingOptions) -> Subject:
+    return FullSubject(model, options) if isinstance(model, TunedPair) else AdapterSubject(model)
 
 
 def mixed_rows(
@@ -167,7 +173,7 @@ def learnable(rows: Sequence[TokenRow], where: str = "train data") -> list[Token
 
 
 def mean_nll(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[TokenRow]
+    model: TunedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[TokenRow]
 ) -> float:
     """Mean negative log-likelihood per completion token, nats, in evaluation mode.
 
@@ -212,9 +218,9 @@ def _dataset(rows: Sequence[TokenRow]) -> Dataset:
 
 
 def _arguments(
-    model: PeftModel, options: TrainingOptions, output: Path, *, seed: int, num_rows: int
+    subject: Subject, options: TrainingOptions, output: Path, *, seed: int, num_rows: int
 ) -> SFTConfig:
-    device = model.get_base_model().device
+    device = subject.causal.device
     return SFTConfig(
         output_dir=str(output),
         max_steps=options.num_steps(num_rows),
@@ -228,7 +234,7 @@ def _arguments(
         learning_rate=options.learning_rate,
         lr_scheduler_type=_SCHEDULES[options.scheduler],
         warmup_steps=options.num_warmup_steps(num_rows),
-        weight_decay=options.weight_decay,
+        weight_decay=subject.optimiser_decay(options),
         max_grad_norm=options.max_grad_norm,
         bf16=options.uses_bf16(device),
         use_cpu=device.type == "cpu",
@@ -266,15 +272,12 @@ def _point(entry: Mapping[str, Any]) -> LogPoint:
     )
 
 
-def _warn_if_unmoved(model: PeftModel, start: Mapping[str, Tensor], steps: int) -> None:
+def _warn_if_unmoved(subject: Subject, steps: int) -> None:
     """Warn where every trainable tensor is what it was before the first step."""
-    now = dict(model.named_parameters())
-    # A trainer may have cast them meanwhile: rounding is no movement.
-    pairs = [(now[name].cpu(), tensor) for name, tensor in start.items()]
-    if not any(bool((end != tensor.to(end.dtype)).any()) for end, tensor in pairs):
+    if not subject.has_moved():
         warnings.warn(
-            f"training: the adapter did not move in {steps} steps, so that the tuned model is the "
-            "base model; raise training.learning_rate or train for more steps",
+            f"training: {subject.noun} did not move in {steps} steps, so that the tuned model is "
+            "the base model; raise training.learning_rate or train for more steps",
             ForgetlessWarning,
             stacklevel=3,
         )

@@ -7,37 +7,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback
 from trl import SFTTrainer
 
 from forgetless.errors import ArtefactError, TrainingError
-from forgetless.training.checkpoint import refuse_silent_loss, write_started
+from forgetless.training.checkpoint import write_started
 from forgetless.training.loss import completion_loss, count_predicted
 from forgetless.training.regularisers.base import Term
+from forgetless.training.subject import Subject
 from forgetless.training.terms import TermsAtWork
 
 # Elements of the logits of one forward pass, 1 GiB in float32; TRL computes larger ones in tiles.
 LARGEST_LOGITS = 2**28
 
 
-class AdapterTrainer(SFTTrainer):
-    """SFTTrainer for one adapter: saves it alone, restores and decays all of it, prints nothing."""
+class SubjectTrainer(SFTTrainer):
+    """SFTTrainer that saves its subject alone, restores and decays all of it, prints nothing."""
 
     def __init__(
         self,
-        model: PeftModel,
+        subject: Subject,
         *,
-        adapter: str,
         terms: Mapping[str, Term] | None = None,
         lora_plus_ratio: float | None = None,
         **arguments: Any,
     ) -> None:
-        """Take an attached model, regularisers bound to it, and SFTTrainer's own arguments."""
-        super().__init__(model=model, **arguments)
-        self._adapter = adapter
+        """Take what trains, regularisers bound to it, and SFTTrainer's own arguments."""
+        super().__init__(model=subject.model, **arguments)
+        self._subject = subject
         self._lora_plus_ratio = lora_plus_ratio
         self._terms = TermsAtWork(terms or {})
         self.add_callback(self._terms)
@@ -87,7 +86,7 @@ class AdapterTrainer(SFTTrainer):
         num_items_in_batch: Tensor | int | None,
     ) -> Any:
         """TRL's loss; on a CPU (or MPS) computed from the completion's positions only."""
-        base = self.model.get_base_model()
+        base = self._subject.causal
         count = count_predicted(inputs["labels"])
         elements = count * base.config.get_text_config().vocab_size
         if (
@@ -126,13 +125,11 @@ class AdapterTrainer(SFTTrainer):
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
     ) -> None:
-        """The adapter alone: no tokenizer, no pickled arguments."""
-        self.model.save_pretrained(
-            output_dir or self.args.output_dir,
-            state_dict=state_dict,
-            selected_adapters=[self._adapter],
-            save_embedding_layers=False,
+        """What trains alone: no tokenizer, no pickled arguments."""
+        self._subject.save(
+            Path(output_dir or self.args.output_dir),
             is_main_process=self.args.should_save,
+            state_dict=state_dict,
         )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -151,5 +148,4 @@ class AdapterTrainer(SFTTrainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        refuse_silent_loss(self.model, self._adapter, Path(resume_from_checkpoint))
+        self._subject.load(Path(resume_from_checkpoint))

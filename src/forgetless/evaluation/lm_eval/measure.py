@@ -14,7 +14,6 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
-from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from forgetless.errors import ForgetlessWarning, RecipeError
@@ -28,6 +27,7 @@ from forgetless.evaluation.lm_eval.tasks import OpenTask
 from forgetless.evaluation.loaded import Progress
 from forgetless.evaluation.pairing import Measured
 from forgetless.evaluation.results import ItemResult, Sample, TaskFacts
+from forgetless.models.pair import TunedModel
 from forgetless.models.targets import base_of
 
 _NOT_OF_THE_TASK = frozenset({"metadata", "task_alias", "tag"})
@@ -35,7 +35,7 @@ _LONGEST = 2000  # characters of a template in the record; some are Python sourc
 
 
 def measure_task(
-    model: PeftModel,
+    model: TunedModel,
     tokenizer: PreTrainedTokenizerBase,
     opened: OpenTask,
     settings: LmEvalRecipe,

@@ -15,13 +15,13 @@ import lm_eval
 import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
-from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from forgetless.evaluation.lm_eval.code import sandboxed_templates
 from forgetless.evaluation.lm_eval.tasks import OpenTask, harness_quiet
 from forgetless.evaluation.lm_eval.told import told
 from forgetless.evaluation.loaded import Progress, Watch
+from forgetless.models.pair import TunedModel
 from forgetless.models.state import random_state_kept
 from forgetless.models.targets import base_of
 
@@ -89,7 +89,7 @@ class _Requests:
 
 
 def run_task(
-    model: PeftModel,
+    model: TunedModel,
     tokenizer: PreTrainedTokenizerBase,
     opened: OpenTask,
     *,
@@ -115,7 +115,7 @@ def run_task(
     with _settings_kept(model), random_state_kept(), harness_quiet(), sandboxed_templates():
         _seed(opened)
         harness = _Harness(
-            pretrained=model,
+            pretrained=base_of(model),
             # It gets a padding side and a padding token there.
             tokenizer=copy.deepcopy(tokenizer),
             batch_size=batch_size,
@@ -143,7 +143,7 @@ def _seed(opened: OpenTask) -> None:
 
 
 @contextmanager
-def _settings_kept(model: PeftModel) -> Iterator[None]:
+def _settings_kept(model: TunedModel) -> Iterator[None]:
     base = base_of(model)
     before = base.generation_config
     base.generation_config = copy.deepcopy(before)

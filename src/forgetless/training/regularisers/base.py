@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from forgetless.calibration.engine import SiteMoments
 from forgetless.data.tokens import TokenRow
 from forgetless.errors import TrainingError
-from forgetless.methods.base import Trains
+from forgetless.methods.base import Held
+from forgetless.models.pair import TunedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +59,14 @@ class Binding:
     """What a term works on.
 
     Attributes:
-        model: The adapted model, at its start.
-        adapter: The adapter that trains.
+        model: The model that is tuned, at its start.
+        adapter: The adapter that trains; empty where every weight does.
         data: What must be kept.
         tokenizer: For the padding token.
         seed: Of whatever is drawn.
     """
 
-    model: PeftModel
+    model: TunedModel
     adapter: str
     data: PreserveData
     tokenizer: PreTrainedTokenizerBase
@@ -103,7 +103,7 @@ class Regulariser(ABC):
         needs_moments: Whether second moments of preserve data must be collected.
         needs_rows: Whether it reads rows of preserve data.
         trains_on_rows: Whether it trains on them like on train rows.
-        forms: Forms of adapter that it works on.
+        forms: Forms of adapter that it works on; `full` stands for every weight.
     """
 
     name: ClassVar[str]
@@ -112,7 +112,7 @@ class Regulariser(ABC):
     needs_moments: ClassVar[bool] = False
     needs_rows: ClassVar[bool] = False
     trains_on_rows: ClassVar[bool] = False
-    forms: ClassVar[frozenset[Trains]] = frozenset({"plain", "a", "b", "both"})
+    forms: ClassVar[frozenset[Held]] = frozenset({"plain", "a", "b", "both", "full"})
 
     @property
     def needs_preserve(self) -> bool:
@@ -127,12 +127,17 @@ class Regulariser(ABC):
             TrainingError: The preserve data that it needs are not there.
         """
 
-    def check_form(self, form: Trains) -> None:
-        """Refuse a form of adapter that it would do nothing on.
+    def check_form(self, form: Held) -> None:
+        """Refuse a form of adapter that it would do nothing on, and full fine-tuning.
 
         Raises:
             TrainingError: Says what to do.
         """
+        self._require(
+            form != "full" or form in self.forms,
+            "expected a method that trains an adapter, got method full, on which it is not "
+            "defined; take kl, replay or drift",
+        )
         self._require(
             form in self.forms,
             f"expected a method that trains {' or '.join(sorted(self.forms))}, got trains: {form}, "

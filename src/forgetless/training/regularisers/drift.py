@@ -1,8 +1,8 @@
 """drift: λ Σ tr(ΔW M ΔWᵀ) / tr(W M Wᵀ), M a preserve second moment of the base.
 
 Weight decay in the metric of preserve activations: directions that preserve data do not use are
-free. No forward pass of its own; O(R D²) a layer and step. The moments stay in memory while it
-trains, once per site; where A is frozen, R × R of each layer.
+free. No forward pass of its own; O(R D²) a layer and step, O(O D²) where every weight trains. The
+moments stay in memory while it trains, once per site; where A is frozen, R × R of each layer.
 
 Source: this project.
 """
@@ -14,16 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from forgetless.adapters.forms import adapted_layers, form_of, live_factors
 from forgetless.linalg.moments import output_energy
 from forgetless.linalg.precision import full_precision
-from forgetless.models.targets import find_targets
+from forgetless.models.pair import TunedPair, reference_of
+from forgetless.models.targets import Target, find_targets
 from forgetless.training.regularisers.base import Binding, MicroBatch, Regulariser, Term
 
 
@@ -48,11 +51,10 @@ class Drift(Regulariser):
 
     def bind(self, to: Binding) -> Term:
         """Divide each site's moment by the base's own output energy, layer by layer."""
-        moments, targets = self._moments(to), find_targets(to.model).targets
-        a_is_frozen = form_of(to.model, to.adapter).name == "b"
+        moments, targets = self._moments(to), find_targets(reference_of(to.model)).targets
         means: dict[str, Tensor] = {}
         energies: list[Callable[[], Tensor]] = []
-        for name, layer in adapted_layers(to.model, to.adapter).items():
+        for name, energy_in in _energies(to).items():
             site = moments.site_of[name]
             weight_OD = targets[name].weight_OD()
             if site not in means:
@@ -60,12 +62,43 @@ class Drift(Regulariser):
             moment_DD = means[site].to(weight_OD.device)
             kept = float(output_energy(weight_OD, moment_DD))
             factor = self.weight / kept if kept > 0 else 0.0
-            energies.append(_energy(layer, to.adapter, moment_DD, factor, a_is_frozen))
+            energies.append(energy_in(moment_DD, factor))
         return _DriftTerm(energies)
 
 
+# From a moment and a factor to the factor of tr(ΔW M ΔWᵀ), as a function of what trains now.
+_EnergyIn = Callable[[Tensor, float], Callable[[], Tensor]]
+
+
+def _energies(to: Binding) -> dict[str, _EnergyIn]:
+    """By layer."""
+    if isinstance(to.model, TunedPair):
+        base, tuned = (find_targets(m).targets for m in (to.model.base, to.model.tuned))
+        return {name: partial(_dense_energy, base[name], tuned[name]) for name in base}
+    a_is_frozen = form_of(to.model, to.adapter).name == "b"
+    return {
+        name: partial(_energy, layer, to.adapter, a_is_frozen)
+        for name, layer in adapted_layers(to.model, to.adapter).items()
+    }
+
+
+def _dense_energy(
+    base: Target, tuned: Target, moment_DD: Tensor, factor: float
+) -> Callable[[], Tensor]:
+    """tr(ΔW M ΔWᵀ) of a whole update, times `factor`."""
+    module, is_transposed = tuned.module, isinstance(tuned.module, Conv1D)
+
+    def energy() -> Tensor:
+        weight = module.get_parameter("weight")
+        live_OD = weight.T if is_transposed else weight
+        delta_OD = live_OD - base.weight_OD()
+        return ((delta_OD @ moment_DD.to(delta_OD)) * delta_OD).sum() * factor
+
+    return energy
+
+
 def _energy(
-    layer: LoraLayer, adapter: str, moment_DD: Tensor, factor: float, a_is_frozen: bool
+    layer: LoraLayer, adapter: str, a_is_frozen: bool, moment_DD: Tensor, factor: float
 ) -> Callable[[], Tensor]:
     """The `factor` of tr(B (A M Aᵀ) Bᵀ), times that, as a function of the live factors."""
     if a_is_frozen:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from forgetless.adapters.forms import adapted_layers
 from forgetless.linalg.precision import full_precision
+from forgetless.methods.base import Held
 from forgetless.training.regularisers.base import Binding, MicroBatch, Regulariser, Term
 
 
@@ -38,6 +39,7 @@ class Penalty(Regulariser):
     name: ClassVar[str] = "penalty"
     title: ClassVar[str] = "A and B kept off fixed random subspaces"
     paper: ClassVar[str] = "CLoRA, arXiv:2410.16801"
+    forms: ClassVar[frozenset[Held]] = frozenset({"plain", "a", "b", "both"})  # has A and B
 
     def __post_init__(self) -> None:
         """Check the options."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from forgetless.adapters.forms import adapted_layers
 from forgetless.linalg.precision import full_precision
 from forgetless.linalg.subspace import leading_basis
-from forgetless.methods.base import Trains
+from forgetless.methods.base import Held
 from forgetless.training.regularisers.base import Binding, Regulariser, Term
 
 
@@ -39,7 +39,7 @@ class Project(Regulariser):
     title: ClassVar[str] = "each update of A projected off preserve inputs"
     paper: ClassVar[str] = "after GuardSpace, arXiv:2510.14301"
     needs_moments: ClassVar[bool] = True
-    forms: ClassVar[frozenset[Trains]] = frozenset({"plain", "a", "both"})  # those that train A
+    forms: ClassVar[frozenset[Held]] = frozenset({"plain", "a", "both"})  # those that train A
 
     def __post_init__(self) -> None:
         """Check the options."""

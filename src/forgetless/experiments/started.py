@@ -1,0 +1,105 @@
+"""The start of a run: an adapter on the base, or a copy of it, and the moments collected for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from forgetless.adapters.attach import attach_rows
+from forgetless.adapters.start import LayerStart
+from forgetless.calibration.calibrate import calibrate
+from forgetless.calibration.engine import SiteMoments
+from forgetless.experiments.prepare import Prepared
+from forgetless.experiments.regularised import calibrated_for
+from forgetless.methods.base import AnyMethod, Method, Role
+from forgetless.models.load import LoadedModel
+from forgetless.models.pair import TunedModel
+from forgetless.models.targets import find_targets
+from forgetless.recipe import Recipe
+from forgetless.training.full import copied
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """What is to be trained, and what was learned on the way.
+
+    Attributes:
+        model: A PEFT model, or a float32 copy beside its base.
+        method: With all its options.
+        starts: Of every adapted layer.
+        skipped: Layers with weights that got no adapter, with the reason.
+        moments: By role; calibration moments of the base.
+        origin: What the start follows from besides the base.
+    """
+
+    model: TunedModel
+    method: AnyMethod
+    starts: dict[str, LayerStart]
+    skipped: dict[str, str]
+    moments: dict[Role, SiteMoments]
+    origin: str
+
+
+def start_run(
+    recipe: Recipe,
+    method: AnyMethod,
+    loaded: LoadedModel,
+    data: Prepared,
+    *,
+    cache: Path,
+    progress: Callable[[Role, int, int], None],
+) -> Started:
+    """Calibrate for method and regularisers, and make what trains.
+
+    Raises:
+        ForgetlessError: Data that cannot be calibrated on, or a base that cannot hold the method.
+    """
+    kept = cache if recipe.calibration.cache else None
+    if not isinstance(method, Method):
+        return _full(recipe, method, loaded, data, kept, progress)
+    attached = attach_rows(
+        loaded.model,
+        loaded.tokenizer,
+        method=method,
+        row_sets={"train": data.train, "preserve": data.preserve},
+        also=calibrated_for(recipe),
+        targets=recipe.targets,
+        source_weights=recipe.calibration.source_weights,
+        batch_size=recipe.calibration.batch_size,
+        min_tokens=recipe.calibration.min_tokens,
+        cache=kept,
+        seed=recipe.seed,
+        progress=progress,
+    )
+    return Started(
+        model=attached.model,
+        method=attached.method,
+        starts=attached.starts,
+        skipped=attached.skipped,
+        moments=attached.moments,
+        origin=attached.origin,
+    )
+
+
+def _full(
+    recipe: Recipe,
+    method: AnyMethod,
+    loaded: LoadedModel,
+    data: Prepared,
+    cache: Path | None,
+    progress: Callable[[Role, int, int], None],
+) -> Started:
+    moments: dict[Role, SiteMoments] = {}
+    if calibrated_for(recipe):
+        moments["preserve"] = calibrate(
+            loaded.model,
+            loaded.tokenizer,
+            find_targets(loaded.model).targets,
+            data.preserve,
+            batch_size=recipe.calibration.batch_size,
+            source_weights=recipe.calibration.source_weights,
+            cache=cache,
+            progress=lambda done, total: progress("preserve", done, total),
+        )
+    return Started(copied(loaded.model), method, {}, {}, moments, "the base")

@@ -1,0 +1,136 @@
+"""A model of which any weight may have been tuned, beside the base that it came from.
+
+It stands where a PeftModel stands: `disable_adapter()` is the base. Inside that block the tuned
+model's tensors are those of the base, so that whoever holds the model, wrapped by a trainer or not,
+sees the base through it, and one forward pass is as good as the other.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeAlias
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from forgetless.errors import ModelError
+from forgetless.models.fingerprint import what_computes
+from forgetless.models.quantization import quantization_of
+from forgetless.models.untouched import refuse_touched_base
+
+
+class TunedPair(nn.Module):
+    """Two copies of one architecture: `tuned`, and `base`, which is never written to."""
+
+    def __init__(self, tuned: PreTrainedModel, base: PreTrainedModel) -> None:
+        """Pair them by the names of their tensors.
+
+        Raises:
+            ModelError: One object twice, two architectures, other shapes, devices, or quantised
+                weights.
+            AdapterError: One of them holds live adapters.
+        """
+        super().__init__()
+        _refuse_unlike(tuned, base)
+        self.tuned = tuned
+        self.base = base
+        theirs = own_tensors(base)
+        self._pairs = [(tensor, theirs[name]) for name, tensor in own_tensors(tuned).items()]
+
+    def get_base_model(self) -> PreTrainedModel:
+        """The transformers model that computes, as of a PeftModel."""
+        return self.tuned
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Inside the block the tuned model is the base, in the base's dtype."""
+        with self._holding([base.data for _, base in self._pairs]):
+            yield
+
+    @contextmanager
+    def scaled(self, factor: float) -> Iterator[None]:
+        """Inside the block every weight is W + factor (W' - W); a third copy, dropped afterwards.
+
+        What is not a floating-point number stays as it was tuned.
+        """
+        with self._holding([_between(*pair, factor) for pair in self._pairs]):
+            yield
+
+    @contextmanager
+    def _holding(self, values: Sequence[Tensor]) -> Iterator[None]:
+        mine = [tensor for tensor, _ in self._pairs]
+        before = [tensor.data for tensor in mine]
+        try:
+            for tensor, value in zip(mine, values, strict=True):
+                tensor.data = value
+            yield
+        finally:
+            for tensor, value in zip(mine, before, strict=True):
+                tensor.data = value
+
+
+TunedModel: TypeAlias = PeftModel | TunedPair
+
+
+def reference_of(model: TunedModel) -> PeftModel | PreTrainedModel:
+    """What holds the base's own weights: the base of a pair, or the model with its adapters."""
+    return model.base if isinstance(model, TunedPair) else model
+
+
+def own_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Parameters, tied ones once, and the buffers that a checkpoint holds, by name; live."""
+    stored = model.state_dict().keys()
+    named = itertools.chain(model.named_parameters(), model.named_buffers())
+    return {name: tensor for name, tensor in named if name in stored}
+
+
+def _between(tuned: Tensor, base: Tensor, factor: float) -> Tensor:
+    if not tuned.is_floating_point():
+        return tuned.data
+    return torch.lerp(base.data.to(tuned.dtype), tuned.data, factor)
+
+
+def _refuse_unlike(tuned: PreTrainedModel, base: PreTrainedModel) -> None:
+    if tuned is base:
+        raise ModelError(
+            "base: expected another copy of the model, got the tuned model itself; load the base "
+            "anew"
+        )
+    for what, model in (("model", tuned), ("base", base)):
+        refuse_touched_base(model)
+        kind = quantization_of(model.config)
+        if kind is not None:
+            raise ModelError(
+                f"{what}: expected full-precision weights, got them quantised ({kind}), which "
+                "cannot be compared weight by weight; load both in full precision"
+            )
+    _refuse_other_architecture(tuned, base)
+    ours, theirs = own_tensors(tuned), own_tensors(base)
+    for name in sorted(ours.keys() | theirs.keys()):
+        shapes = [tuple(part[name].shape) if name in part else None for part in (ours, theirs)]
+        if shapes[0] != shapes[1]:
+            raise ModelError(
+                f"base: expected tensors of the tuned model's shapes, got {name} of shape "
+                f"{shapes[1]}, tuned {shapes[0]}; give the base that it was tuned from"
+            )
+    if tuned.device != base.device:
+        raise ModelError(
+            f"base: expected the tuned model's device {tuned.device}, got {base.device}; move one "
+            "of them"
+        )
+
+
+def _refuse_other_architecture(tuned: PreTrainedModel, base: PreTrainedModel) -> None:
+    ours, theirs = what_computes(tuned), what_computes(base)
+    for key in sorted(ours.keys() | theirs.keys()):
+        if ours.get(key) != theirs.get(key):
+            shown = [json.dumps(values.get(key), default=str) for values in (theirs, ours)]
+            raise ModelError(
+                f"base: expected the tuned model's architecture, got {key} {shown[0]}, tuned "
+                f"{shown[1]}; give the base that it was tuned from, loaded in the same way"
+            )
