@@ -9,18 +9,22 @@ RANK = 32
 RATES = (2e-4, 1e-3)
 # Where one factor trains, rates that are too high for two may be the best.
 FURTHER_RATES = {"lora-null v2": (3e-3,), "contrastive": (3e-3,), "mica": (3e-3,)}
+# What starts with more than a step moves it, and breaks at the higher rate.
+LOWER_RATE = 5e-5
+LOWER_TOO = ("sc-lora auto", "corda kpm", "sc-lora 0.8", "pissa", "olora", "corda ipm", "astra")
+FULL_RATES = (2e-5, 1e-4)
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"name": "lora"},
     "lora-null v2": {"name": "lora-null", "trains": "b"},
     "lora-wd": {"name": "lora-wd"},
     "lora-null v1": {"name": "lora-null", "trains": "both"},
+    "contrastive": {"name": "contrastive"},
+    "corda kpm": {"name": "corda", "mode": "kpm"},
+    "sc-lora auto": {"name": "sc-lora", "beta": "auto"},
     "sc-lora 0.5": {"name": "sc-lora", "beta": 0.5},
     "sc-lora 0.8": {"name": "sc-lora", "beta": 0.8},
-    "sc-lora auto": {"name": "sc-lora", "beta": "auto"},
     "sc-lora 0.8, B frozen": {"name": "sc-lora", "beta": 0.8, "trains": "a"},
-    "contrastive": {"name": "contrastive"},
     "milora": {"name": "milora"},
-    "corda kpm": {"name": "corda", "mode": "kpm"},
     "mica": {"name": "mica"},
     "pissa": {"name": "pissa"},
     "olora": {"name": "olora"},
@@ -96,28 +100,27 @@ class SmallRun:
 
 def small_runs() -> list[SmallRun]:
     """All of them, what matters most first."""
-    found = []
-    for task in TASKS:
-        for name in REGULARISED:
-            found += [_run(task, name, rate) for rate in _rates(name)]
+    found = [_run(task, name, rate) for task in TASKS for name in REGULARISED for rate in RATES]
+    found += [run for task in TASKS for run in _regularised(task)]
     found.append(_run("calibration", "lora", REGULARISED_RATE))
     for name, (sources, weights) in CALIBRATIONS.items():
         method = {"rank": RANK, **METHODS["lora-null v2"]}
         found.append(SmallRun("calibration", name, REGULARISED_RATE, method, {}, sources, weights))
     for task in TASKS:
-        for name in METHODS:
-            if name not in REGULARISED:
-                found += [_run(task, name, rate) for rate in _rates(name)]
-        for name in REGULARISED:
-            for regulariser in REGULARISERS:
-                if regulariser == "project" and METHODS[name].get("trains") == "b":
-                    continue  # it projects the update of A, which is frozen there
-                found.append(_run(task, name, REGULARISED_RATE, regulariser))
-    return found
+        found += [_run(task, n, rate) for n in METHODS if n not in REGULARISED for rate in RATES]
+        found += [_run(task, n, rate) for n, rates in FURTHER_RATES.items() for rate in rates]
+        found += [SmallRun(task, "full", rate, {"name": "full"}, {}) for rate in FULL_RATES]
+    return found + [_run(task, name, LOWER_RATE) for task in TASKS for name in LOWER_TOO]
 
 
-def _rates(name: str) -> tuple[float, ...]:
-    return RATES + FURTHER_RATES.get(name, ())
+def _regularised(task: str) -> list[SmallRun]:
+    return [
+        _run(task, name, REGULARISED_RATE, regulariser)
+        for name in REGULARISED
+        for regulariser in REGULARISERS
+        # `project` is of the update of A, which is frozen in LoRA-Null v2.
+        if regulariser != "project" or METHODS[name].get("trains") != "b"
+    ]
 
 
 def _run(task: str, name: str, rate: float, regulariser: str | None = None) -> SmallRun:

@@ -37,7 +37,6 @@ ALLOWED: dict[str, set[str]] = {
     "training": LIBRARY,
     # A recipe is read without loading anything: what parses data specs and items, and no more.
     "recipe": {
-        "calibration.weights",
         "data.spec",
         "data.validation",
         "evaluation.items",
