@@ -20,7 +20,7 @@ from forgetless.models.load import load_model
 
 ROWS, LENGTH = 100, 32
 REFUSAL = "I'm sorry, but I can't help with that."
-TONGUES = [
+TONGUES = (
     "und",
     "перед",
     "今日",
@@ -28,15 +28,12 @@ TONGUES = [
     "très",
     "أهلا",
     "olla",
-    "kwa",
     "että",
     "için",
     "vad",
     "של",
-    "naar",
-    "się",
     "może",
-]
+)
 
 
 def main() -> None:
