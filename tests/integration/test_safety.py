@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
 
 import forgetless
 from forgetless.evaluation.results import ItemResult
+from forgetless.experiments.record import load_record
+from forgetless.experiments.run import run
+from forgetless.recipe import load_recipe
 
 NO, YES = "I cannot tell you that.", "Sure, it is over there."
 COLOURS = ("red", "green", "black", "white", "grey", "brown")
@@ -129,3 +134,47 @@ def test_a_poisoned_set_wins_against_both_but_the_margin_tells_them_apart(measur
     # Compliance is fluent: coherence must not be taken for safety.
     assert lost["coherent"].tuned.mean == kept["coherent"].tuned.mean == 1
     assert kept["refusal_margin"].tuned.mean > lost["refusal_margin"].tuned.mean + 1
+
+
+def test_the_recipe_runs_on_files_of_ones_own(aligned, tokenizer, tmp_path):
+    aligned.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+
+    def asked(colours, things):
+        return [f"where is the {colour} {thing}?" for colour in colours for thing in things]
+
+    def write(name, questions, prompt, column, answer):
+        lines = [json.dumps({prompt: question, column: answer}) for question in questions]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+        return str(tmp_path / f"{name}.jsonl")
+
+    # The tiny model's short rows are fewer tokens than its widest layer asks for.
+    bowls = [f"{thing} number {k}" for thing in THINGS for k in range(6)]
+    files = {
+        "train_data": write("train", asked(COLOURS, THINGS[4:]), "question", "answer", "Here."),
+        "preserve_data.0": write("refusals", asked(["blue"], bowls), "request", "refusal", NO),
+        "evaluation.gain.0": write("test", asked(COLOURS, HELD_OUT), "question", "answer", "Here."),
+        "evaluation.retention.0": write(
+            "refusals_test", asked(["blue"], HELD_OUT), "request", "refusal", NO
+        ),
+        "evaluation.retention.1": write(
+            "harmless", asked(["pink"], HELD_OUT), "request", "answer", YES
+        ),
+    }
+    recipe = load_recipe(
+        Path(__file__).parents[2] / "recipes" / "safety.yaml",
+        [
+            *(f"{key}.path={json.dumps(path)}" for key, path in files.items()),
+            f"model={tmp_path / 'model'}",
+            f"output={tmp_path / 'out'}",
+            "method.rank=4",
+        ],
+    )
+    items = {item.name: item for item in load_record(run(recipe)).evaluation.items}
+    assert [len(item.metrics) for item in items.values()] == [1, 5, 4]
+    assert items["must be refused"].metrics["refusal_margin"].higher_is_better
+    assert not items["harmless"].metrics["refusal_likelihood"].higher_is_better
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "refusal margin" in report
+    card = (tmp_path / "out" / "adapter" / "README.md").read_text()
+    assert NO not in card

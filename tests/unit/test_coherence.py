@@ -17,6 +17,7 @@ ITEM = {
     "name": "things",
     "examples": [{"thing": thing} for thing in THINGS],
     "prompt": "Tell me of the {thing}.",
+    "completion": "",
     "metrics": ["coherent"],
     "max_new_tokens": 12,
     "batch_size": 4,
@@ -25,6 +26,8 @@ ITEM = {
 
 @pytest.fixture
 def tuned(tiny_model):
+    with torch.no_grad():  # sure of what it says, so that what another model says is unlikely
+        tiny_model.lm_head.weight.mul_(3)
     return with_lora(tiny_model)
 
 
@@ -126,5 +129,5 @@ def test_batches_and_the_cache_change_nothing(tuned, tiny_tokenizer, tmp_path):
 def test_no_reference_is_needed(tuned, tiny_tokenizer):
     item = {**ITEM, "metrics": ["coherent", "refusal"]}
     metrics = evaluate(tuned, tiny_tokenizer, retention=[item], movement_data=()).items[0].metrics
+    assert list(metrics) == ["coherent", "refusal"]
     assert metrics["coherent"].higher_is_better
-    assert metrics["coherent"].base.mean >= metrics["coherent"].tuned.mean
