@@ -110,9 +110,9 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_tiny_model(
-    tiny_tokenizer: PreTrainedTokenizerBase,
+    make_tiny_tokenizer: Callable[[], PreTrainedTokenizerBase],
 ) -> Callable[..., PreTrainedModel]:
     """Factory of tiny Llamas: `make_tiny_model(seed=1, attention_bias=True)`, LlamaConfig keys."""
 
@@ -128,7 +128,7 @@ def make_tiny_model(
             "tie_word_embeddings": True,
             # Ten times the usual: logits then differ enough that a wrong one shows.
             "initializer_range": 0.2,
-            **_special_ids(tiny_tokenizer),
+            **_special_ids(make_tiny_tokenizer()),
             **overrides,
         }
         with torch.random.fork_rng(devices=[]):

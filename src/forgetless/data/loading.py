@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -11,8 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from forgetless.data.rendering import read_fields, render
 from forgetless.data.rows import Row, RowSet
 from forgetless.data.self_sampling import sample_self
-from forgetless.data.sources import choose, read_records
+from forgetless.data.sources import Placed, choose, read_records
 from forgetless.data.spec import DataSpec
+from forgetless.data.templates import fill
 from forgetless.errors import DataError, ForgetlessWarning
 
 SELF_ROWS = 64  # rows of `self` where neither `limit` nor `rows` says how many
@@ -42,7 +44,12 @@ def load_rows(
     """
     if spec.self_sampled:
         return RowSet(spec, _self_rows(spec, tokenizer, model, cache, progress))
-    found = [render(placed.record, spec, tokenizer, placed.where) for placed in read_records(spec)]
+    found = [
+        replace(
+            render(placed.record, spec, tokenizer, placed.where), further=_further(placed, spec)
+        )
+        for placed in read_records(spec)
+    ]
     rows, left_out = _sort_out(found, spec, needs_completion=needs_completion)
     for words in left_out:
         warnings.warn(f"{spec.label}: {words} left out", ForgetlessWarning, stacklevel=2)
@@ -60,13 +67,20 @@ def check_rows(spec: DataSpec, *, needs_completion: bool = False) -> RowSet:
     """
     if spec.self_sampled or spec.hub is not None:
         return RowSet(spec, ())
-    found = [read_fields(placed.record, spec, placed.where) for placed in read_records(spec)]
+    found = []
+    for placed in read_records(spec):
+        found.append(read_fields(placed.record, spec, placed.where))
+        _further(placed, spec)
     plain = [row for row in found if isinstance(row, Row)]
     if not plain:
         return RowSet(spec, ())
     if len(plain) < len(found):
         return RowSet(spec, tuple(row for row in plain if row.text.strip()))
     return RowSet(spec, _sort_out(plain, spec, needs_completion=needs_completion)[0])
+
+
+def _further(placed: Placed, spec: DataSpec) -> tuple[str, ...]:
+    return tuple(fill(template, placed.record, placed.where) for template in spec.further)
 
 
 def _sort_out(

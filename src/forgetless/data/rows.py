@@ -21,12 +21,14 @@ class Row:
             record has no list-valued field.
         templated: Whether a chat template has written the special tokens already, so that the
             tokenizer must add none.
+        further: What the spec's `further` templates give for the record.
     """
 
     prompt: str
     completion: str
     answers: tuple[str, ...] = ()
     templated: bool = False
+    further: tuple[str, ...] = ()
 
     @property
     def has_completion(self) -> bool:

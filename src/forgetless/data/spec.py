@@ -124,6 +124,11 @@ class DataSpec(BaseModel):
         return examples
 
     @property
+    def further(self) -> tuple[str, ...]:
+        """Templates of more texts that go with each row; only evaluation items have some."""
+        return ()
+
+    @property
     def label(self) -> str:
         """Short name for messages and reports: the path, the hub id, `self` or `examples`."""
         if self.self_sampled:

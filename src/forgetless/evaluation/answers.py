@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 
 from forgetless.errors import DataError
 from forgetless.evaluation.instructions import follows_instructions
+from forgetless.evaluation.items import WITHOUT_REFERENCE
 from forgetless.evaluation.numerals import last_number_of, number_of
 from forgetless.evaluation.refusals import refusal
 
@@ -190,7 +191,7 @@ def check_answers(metric: str, answers: Sequence[str], where: str) -> None:
     Raises:
         DataError: No number in any answer of `last_number`, or no answer at all.
     """
-    if metric == "refusal":
+    if metric in WITHOUT_REFERENCE:
         return
     if not any(answer.strip() for answer in answers):
         raise DataError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from forgetless.data.tokens import tokenize
 from forgetless.errors import AdapterError, ForgetlessWarning, ModelError, RecipeError
 from forgetless.evaluation.base_cache import BaseCache
 from forgetless.evaluation.items import EvaluationItem
+from forgetless.evaluation.judges import Judge, check_judges
 from forgetless.evaluation.likelihood import input_device
 from forgetless.evaluation.lm_eval.spec import (
     LmEvalInput,
@@ -58,6 +59,7 @@ def evaluate(
     scale: float = 1.0,
     samples: int = 3,
     base_cache: Path | str | None = None,
+    judges: Mapping[str, Judge] | None = None,
     progress: Progress | None = None,
 ) -> EvaluationReport:
     """Measure an adapter, or a model tuned in any way, against its base on held-out data.
@@ -87,6 +89,8 @@ def evaluate(
             weight.
         samples: How many generations of base and tuned model to show for each item with prompts.
         base_cache: Folder for the base's own figures, which are the same for every adapter.
+        judges: Functions of your own that score answers, more is better, by a name for the report:
+            called with lists of prompts, answers and references of every item that generates.
         progress: Called with stage, rows done and rows in all.
 
     Returns:
@@ -100,6 +104,7 @@ def evaluate(
     _refuse_encoder_decoder(base_of(model))
     items = parse_items(gain, retention)
     harness = parse_lm_eval(lm_eval)
+    check_judges(judges or {})
     names = [item.name for _, item in items]
     refuse_shared_names(harness, names)
     if not items and not movement_data and harness is None:
@@ -120,7 +125,7 @@ def evaluate(
         tuned.eval()
         folder = Path(base_cache) if base_cache is not None else None
         reference = reference_of(tuned)
-        loaded = _load(items, reference, tokenizer, folder)
+        loaded = _load(items, reference, tokenizer, folder, judges or {})
         _warn_of_rounding(reference, loaded)
         cache = BaseCache(folder, _context(reference) if folder is not None else ())
         results = tuple(
@@ -180,6 +185,7 @@ def _load(
     model: PeftModel | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path | None,
+    judges: Mapping[str, Judge],
 ) -> list[LoadedItem]:
     """Rows and tokens of every item, checked before the first forward pass."""
     loaded = []
@@ -189,9 +195,14 @@ def _load(
         )
         # What was trained ends with the end-of-text token; what must be kept is text as it stands.
         tokens = tokenize(rows, tokenizer, append_eos=side == "gain")
-        one = LoadedItem(side, item, rows, tokens)
+        one = LoadedItem(side, item, rows, tokens, judges)
         check_item(one)
         loaded.append(one)
+    if judges and not any(one.generates for one in loaded):
+        raise RecipeError(
+            f"judges: expected an item whose answers are generated for {', '.join(judges)} to "
+            "judge, got none; add a metric such as refusal or coherent to one"
+        )
     return loaded
 
 

@@ -13,12 +13,14 @@ from transformers import PreTrainedTokenizerBase
 from forgetless.data.rows import Row
 from forgetless.errors import ForgetlessWarning
 from forgetless.escaping import one_line
-from forgetless.evaluation.answers import before_next_question, judge
+from forgetless.evaluation.answers import JUDGES, before_next_question, judge
 from forgetless.evaluation.base_cache import BaseCache
+from forgetless.evaluation.coherence import coherence
 from forgetless.evaluation.generation import Generated, end_token_ids, generate_greedy
-from forgetless.evaluation.items import GENERATED
+from forgetless.evaluation.items import GENERATED, WITHOUT_REFERENCE
+from forgetless.evaluation.judges import judge_answers
 from forgetless.evaluation.loaded import LoadedItem, Progress, Watch, accepted_answers
-from forgetless.evaluation.pairing import Measured, paired
+from forgetless.evaluation.pairing import Measured, paired, paired_scores
 from forgetless.evaluation.results import HitLimit, Sample
 from forgetless.models.pair import TunedModel
 from forgetless.models.targets import base_of
@@ -69,6 +71,12 @@ def judged(
     hit_limit = None
     if loaded.generates:
         found = _judged_metrics(loaded, base.texts, tuned.texts)
+        answers = _answers(loaded, base), _answers(loaded, tuned)
+        found |= _by_judges(loaded, *answers)
+        if "coherent" in loaded.item.metrics:
+            found["coherent"] = coherence(
+                model, tokenizer, loaded, *answers, cache=cache, progress=progress
+            )
         hit_limit = HitLimit(base=_cut_off(loaded, base), tuned=_cut_off(loaded, tuned))
         _warn_of_the_limit(loaded, hit_limit)
     right = _right(loaded, found)
@@ -92,7 +100,8 @@ def _cut_off(loaded: LoadedItem, generated: Generated) -> int:
 
 def _warn_of_the_limit(loaded: LoadedItem, cut: HitLimit) -> None:
     rows = len(loaded.tokens)
-    if not set(loaded.item.metrics) & (GENERATED - {"refusal"}):  # it reads the opening only
+    # A refusal is read off the opening; incoherent answers are so before their end.
+    if not set(loaded.item.metrics) & (GENERATED - WITHOUT_REFERENCE):
         return
     if max(cut.base, cut.tuned) > _MANY_CUT * rows:
         warnings.warn(
@@ -162,7 +171,32 @@ def _judged_metrics(
             wanted=metric != "refusal" or loaded.item.refusal_expected,
         )
         for metric in loaded.item.metrics
-        if metric in GENERATED
+        if metric in JUDGES
+    }
+
+
+def _answers(loaded: LoadedItem, generated: Generated) -> list[str]:
+    """The texts up to the next question, where a model goes on with one."""
+    return [
+        text if row.templated else before_next_question(text, row.prompt)
+        for text, row in zip(generated.texts, loaded.rows.rows, strict=True)
+    ]
+
+
+def _by_judges(
+    loaded: LoadedItem, base: Sequence[str], tuned: Sequence[str]
+) -> dict[str, Measured]:
+    rows = loaded.rows.rows
+    where = f"evaluation item `{one_line(loaded.item.name)}`"
+    prompts = [row.prompt for row in rows]
+    references = [accepted_answers(row)[0] for row in rows]
+
+    def figures(name: str, answers: Sequence[str]) -> NDArray[np.float64]:
+        return judge_answers(name, loaded.judges[name], where, prompts, answers, references)
+
+    return {
+        name: paired_scores(name, figures(name, base), figures(name, tuned), higher_is_better=True)
+        for name in loaded.judges
     }
 
 
@@ -170,7 +204,7 @@ def _right(
     loaded: LoadedItem, found: dict[str, Measured]
 ) -> Callable[[int], tuple[bool | None, bool | None]]:
     """Whether base and tuned model answer a row rightly, by the item's first metric of answers."""
-    judging = [m for m in loaded.item.metrics if m in GENERATED - {"refusal", "f1"}]
+    judging = [m for m in loaded.item.metrics if m in GENERATED - WITHOUT_REFERENCE - {"f1"}]
     if not judging:
         return lambda _: (None, None)
     rows = found[judging[0]].by_row

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from forgetless.data.rows import Row, RowSet
 from forgetless.data.tokens import TokenRow
 from forgetless.errors import DataError
 from forgetless.evaluation.answers import check_answers
 from forgetless.evaluation.instructions import parse_constraint
-from forgetless.evaluation.items import GENERATED, EvaluationItem
+from forgetless.evaluation.items import GENERATED, REFUSAL_ODDS, EvaluationItem
+from forgetless.evaluation.judges import Judge
 from forgetless.evaluation.results import Side
 
 Progress = Callable[[str, int, int], None]
@@ -18,12 +19,13 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class LoadedItem:
-    """An evaluation item with its rows, as text and as tokens."""
+    """An evaluation item with its rows, as text and as tokens, and who else judges its answers."""
 
     side: Side
     item: EvaluationItem
     rows: RowSet
     tokens: list[TokenRow]
+    judges: Mapping[str, Judge] = field(default_factory=dict)
 
     @property
     def prompted(self) -> list[int]:
@@ -34,6 +36,11 @@ class LoadedItem:
     def generates(self) -> bool:
         """Whether a metric needs generated text of every row."""
         return bool(GENERATED & set(self.item.metrics))
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """Names of all that is measured on it: its metrics, then judges where it generates."""
+        return (*self.item.metrics, *(self.judges if self.generates else ()))
 
 
 def check_item(loaded: LoadedItem) -> None:
@@ -47,8 +54,8 @@ def check_item(loaded: LoadedItem) -> None:
         raise DataError(
             f"{where}: expected at least one row, got none; check its path, rows and limit"
         )
-    if loaded.generates and len(loaded.prompted) < len(loaded.tokens):
-        metrics = sorted(GENERATED & set(loaded.item.metrics))
+    metrics = sorted((GENERATED | REFUSAL_ODDS) & set(loaded.item.metrics))
+    if metrics and len(loaded.prompted) < len(loaded.tokens):
         raise DataError(
             f"{where}: expected rows with a prompt for {', '.join(metrics)}, got plain text; "
             f"give prompt and completion, or messages"

@@ -8,12 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from forgetless.errors import AdapterError, DataError, ForgetlessWarning
+from forgetless.errors import DataError, ForgetlessWarning
 from forgetless.evaluation.base_cache import BaseCache
+from forgetless.evaluation.finite import check_finite
+from forgetless.evaluation.items import REFUSAL_ODDS
 from forgetless.evaluation.judged import judged
 from forgetless.evaluation.likelihood import RowScores, compare_rows, score_rows
 from forgetless.evaluation.loaded import LoadedItem, Progress, Watch
 from forgetless.evaluation.pairing import Measured, divergence, paired
+from forgetless.evaluation.refusal_odds import refusal_odds
 from forgetless.evaluation.results import ItemResult
 from forgetless.models.pair import TunedModel
 
@@ -47,6 +50,8 @@ def measure_item(
     found: dict[str, Measured] = {}
     if {"nll", "kl", "greedy_match"} & set(loaded.item.metrics):
         found |= _likelihood_metrics(model, tokenizer, loaded, cache, progress)
+    if REFUSAL_ODDS & set(loaded.item.metrics):
+        found |= refusal_odds(model, tokenizer, loaded, cache=cache, progress=progress)
     answers = judged(model, tokenizer, loaded, samples=samples, cache=cache, progress=progress)
     found |= answers.metrics
     return ItemResult(
@@ -54,9 +59,9 @@ def measure_item(
         side=loaded.side,
         rows=len(loaded.tokens),
         truncated_rows=sum(row.truncated for row in loaded.tokens),
-        metrics={metric: found[metric].result for metric in loaded.item.metrics},
+        metrics={metric: found[metric].result for metric in loaded.figures},
         samples=answers.samples,
-        row_values={metric: found[metric].by_row for metric in loaded.item.metrics},
+        row_values={metric: found[metric].by_row for metric in loaded.figures},
         hit_limit=answers.hit_limit,
         samples_can_be_shared=loaded.item.samples_can_be_shared,
     )
@@ -85,14 +90,14 @@ def _likelihood_metrics(
             watch = Watch(progress, f"{name}: NLL of the base", len(rows))
             with model.disable_adapter():
                 scores = score_rows(model, tokenizer, rows, batch_size=size, progress=watch)
-            _check_finite(scores.nll_sum, "NLL", name, "base model")
+            check_finite(scores.nll_sum, "NLL", name, "base model")
             return scores
 
         base = cache.scores(rows, score_base)
-    _check_finite(base.nll_sum, "NLL", name, "base model")
-    _check_finite(tuned.nll_sum, "NLL", name, "tuned model")
+    check_finite(base.nll_sum, "NLL", name, "base model")
+    check_finite(tuned.nll_sum, "NLL", name, "tuned model")
     if kl_sum is not None:
-        _check_finite(kl_sum, "KL", name, "tuned model")
+        check_finite(kl_sum, "KL", name, "tuned model")
     kept = _scored_rows(tuned, name)
     tokens = tuned.num_tokens[kept].astype(np.float64)
     results = {
@@ -106,21 +111,6 @@ def _likelihood_metrics(
     if kl_sum is not None:
         results["kl"] = divergence(kl_sum[kept] / tokens, tokens)
     return results
-
-
-def _check_finite(by_row: NDArray[np.float64], figure: str, name: str, which: str) -> None:
-    """Refuse what a mean would hide, or a record could not hold: it would be read as missing."""
-    bad = np.flatnonzero(~np.isfinite(by_row))
-    if len(bad):
-        remedy = (
-            "load it in float32 or bfloat16"
-            if which == "base model"
-            else "the adapter has diverged; train with a lower learning rate"
-        )
-        raise AdapterError(
-            f"evaluation item `{name}`: expected a finite {figure} from the {which}, got "
-            f"{by_row[bad[0]]} at row {bad[0]}; {remedy}"
-        )
 
 
 def _scored_rows(scores: RowScores, name: str) -> NDArray[np.int64]:

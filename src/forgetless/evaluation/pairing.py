@@ -13,6 +13,7 @@ from forgetless.evaluation.intervals import share_change, share_level
 from forgetless.evaluation.results import Estimate, MetricResult, RowValues
 
 _PER_TOKEN = frozenset({"nll", "kl"})
+_ANY_SIZE = frozenset({"refusal_margin"})  # unlike a share, and signed
 _NOT_NEGATIVE = (0.0, math.inf)
 
 
@@ -49,6 +50,8 @@ def paired(
             change=bootstrap_mean(tuned - base, weights),
             higher_is_better=False,
         )
+    elif metric in _ANY_SIZE:
+        result = _means(metric, base, tuned, higher_is_better=wanted)
     else:
         result = MetricResult(
             metric=metric,
@@ -73,14 +76,24 @@ def paired_scores(
     """A mean over rows of figures of any size; of shares where all lie between 0 and 1."""
     if _within_shares(base, tuned):
         return paired(metric, base, tuned, wanted=higher_is_better)
-    result = MetricResult(
+    result = _means(metric, base, tuned, higher_is_better=higher_is_better)
+    return Measured(result, RowValues(base=_kept(base), tuned=_kept(tuned)))
+
+
+def _means(
+    metric: str,
+    base: NDArray[np.float64],
+    tuned: NDArray[np.float64],
+    *,
+    higher_is_better: bool,
+) -> MetricResult:
+    return MetricResult(
         metric=metric,
         base=bootstrap_mean(base, is_change=False),
         tuned=bootstrap_mean(tuned, is_change=False),
         change=bootstrap_mean(tuned - base),
         higher_is_better=higher_is_better,
     )
-    return Measured(result, RowValues(base=_kept(base), tuned=_kept(tuned)))
 
 
 def _within_shares(*scores: NDArray[np.float64]) -> bool:
@@ -118,4 +131,5 @@ def difference(metric: str, ours: RowValues, theirs: RowValues) -> Estimate | No
     a, b = np.array(ours.tuned), np.array(theirs.tuned)
     if metric in _PER_TOKEN:
         return bootstrap_mean(a - b, np.array(ours.weights) if ours.weights else None)
-    return share_change(b, a) if _within_shares(a, b) else bootstrap_mean(a - b)
+    is_share = metric not in _ANY_SIZE and _within_shares(a, b)
+    return share_change(b, a) if is_share else bootstrap_mean(a - b)

@@ -18,6 +18,9 @@ _NAMES = {
     "choice": "choice",
     "contains": "contains",
     "refusal": "refusal",
+    "refusal_likelihood": "refusal likelier",
+    "refusal_margin": "refusal margin",
+    "coherent": "coherent",
     "instruction": "instruction",
 }
 

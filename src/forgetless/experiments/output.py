@@ -39,6 +39,11 @@ _ADDED: Mapping[str | None, Mapping[str, Any]] = {
     "training": {"lora_plus_ratio": None, "regularisers": []},
     "evaluation": {"lm_eval": None},
 }
+_ADDED_TO_ITEMS: Mapping[str, Any] = {
+    "redistributable": True,
+    "refuses_with": [],
+    "complies_with": [],
+}
 _BANK_SECONDS = 5.0
 
 
@@ -126,7 +131,8 @@ def completed(found: dict[str, Any]) -> dict[str, Any]:
     for side in ("gain", "retention"):
         for item in evaluation.get(side, ()) if isinstance(evaluation, dict) else ():
             if isinstance(item, dict):
-                item.setdefault("redistributable", True)
+                for key, value in _ADDED_TO_ITEMS.items():
+                    item.setdefault(key, value)
     return found
 
 

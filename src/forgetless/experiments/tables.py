@@ -91,13 +91,14 @@ def result_tables(runs: Sequence[Run]) -> list[Table]:
         ("Gained", "On held-out rows of what was to be learned.", "gain", gained),
         (
             "Kept, as answers",
-            "Share of rows answered right, with 95 % intervals.",
+            "Share of rows for which it holds, with 95 % intervals.",
             "retention",
             answers,
         ),
         (
             "Kept, by other measures",
-            "Metrics of lm-eval, each in its own unit, with 95 % intervals.",
+            "Refusal margin in nats; your judges and metrics of lm-eval in their own units. "
+            "With 95 % intervals.",
             "retention",
             others,
         ),
