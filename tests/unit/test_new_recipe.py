@@ -23,7 +23,7 @@ def test_a_new_recipe_loads_and_holds_rows_out(tmp_path: Path) -> None:
     train = write_rows(tmp_path / "train.jsonl", 50)
     keep = write_rows(tmp_path / "keep.jsonl", 3000, start=100)
     path = tmp_path / "new.yaml"
-    made = write_recipe(path, train=train, preserve=[keep, "self"], model="demo")
+    made = write_recipe(path, train=train, preserve=[keep], model="demo")
     recipe = load_recipe(path)
     assert recipe == made.recipe
     assert recipe.train_data[0].rows == (0, 45)
@@ -35,6 +35,7 @@ def test_a_new_recipe_loads_and_holds_rows_out(tmp_path: Path) -> None:
     assert recipe.preserve_data[1].rows is not None
     assert own.rows is not None
     assert recipe.preserve_data[1].rows[1] <= own.rows[0]
+    assert recipe.calibration.source_weights == "equal"
     assert recipe.method["name"] == "lora-null"
     assert "# " in path.read_text()
     assert yaml.safe_load(path.read_text())["output"] == "runs/new"
@@ -61,8 +62,27 @@ def test_two_files_of_one_name_become_two_items(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         (tmp_path / name).mkdir()
     a, b, c = (write_rows(tmp_path / n / "task.jsonl", 4, 10 * ord(n)) for n in ("a", "b", "c"))
-    recipe = write_recipe(tmp_path / "r.yaml", train=a, preserve=[b, c]).recipe
+    recipe = write_recipe(tmp_path / "r.yaml", train=a, preserve=[b, c], own_text=False).recipe
     assert [item.name for item in recipe.evaluation.retention] == ["task 2", "task 3"]
+
+
+def test_the_models_own_text_is_kept_too_unless_not_wanted(tmp_path: Path) -> None:
+    train, keep = (write_rows(tmp_path / f"{n}.jsonl", 9, 10 * n) for n in range(2))
+
+    def sources(**options: object) -> list[bool]:
+        path = tmp_path / "r.yaml"
+        read = write_recipe(path, train=train, force=True, **options).recipe
+        assert ("source_weights: equal" in path.read_text()) == (len(read.preserve_data) > 1)
+        return [spec.self_sampled for spec in read.preserve_data]
+
+    assert sources() == [True]
+    assert sources(preserve=[keep]) == [False, True]
+    assert sources(preserve=["self", keep]) == [False, True]
+    assert sources(preserve=[keep], own_text=False) == [False]
+    assert sources(preserve=["self"], own_text=False) == [True]
+    assert sources(method="lora", own_text=False) == []
+    with pytest.raises(RecipeError, match="^preserve: expected something to keep, as the m"):
+        sources(own_text=False)
 
 
 def test_double_rows_are_told(tmp_path: Path) -> None:

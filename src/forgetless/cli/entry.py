@@ -76,7 +76,7 @@ _add(
     "Write a commented recipe for your model and data.",
     "forgetless new recipe.yaml --train train.jsonl",
     "forgetless new recipe.yaml --train train.csv --test test.csv \\",
-    "    --preserve keep.jsonl --preserve self --model path/to/model",
+    "    --preserve keep.jsonl --model path/to/model",
 )
 _add(
     verbs.run,

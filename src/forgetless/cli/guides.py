@@ -24,8 +24,12 @@ def new(
     ] = None,
     preserve: Annotated[
         list[str] | None,
-        typer.Option(help="What must not be forgotten, or self (the default); repeat for more."),
+        typer.Option(help="File or folder of what must not be forgotten; repeat for more."),
     ] = None,
+    own_text: Annotated[
+        bool,
+        typer.Option("--self/--no-self", help="Keep what the model itself writes, too."),
+    ] = True,
     model: Annotated[str, typer.Option(help="Hub id, path or demo.")] = "demo",
     method: Annotated[str, typer.Option(help="One of `forgetless methods`.")] = "lora-null",
     force: Annotated[bool, typer.Option("--force", help="Replace a file of that name.")] = False,
@@ -39,7 +43,8 @@ def new(
         recipe,
         train=train,
         test=test,
-        preserve=preserve or ("self",),
+        preserve=preserve or (),
+        own_text=own_text,
         model=model,
         method=method,
         force=force,

@@ -61,7 +61,8 @@ def write_recipe(
     *,
     train: str,
     test: str | None = None,
-    preserve: Sequence[str] = ("self",),
+    preserve: Sequence[str] = (),
+    own_text: bool = True,
     model: str = "demo",
     method: str = "lora-null",
     force: bool = False,
@@ -72,7 +73,9 @@ def write_recipe(
         path: File to write.
         train: A file or folder of what is to be learned.
         test: One of what it is tested on; the last rows of `train` are held out where not given.
-        preserve: Files or folders of what must not be forgotten, or `self`.
+        preserve: Files or folders of what must not be forgotten.
+        own_text: Whether text that the model itself writes must not be forgotten either: of what
+            was tried, the most is kept with both, each counting alike (docs/calibration.md).
         model: Hub id, path or `demo`.
         method: Name of a method.
         force: Whether a file of that name may be replaced.
@@ -85,16 +88,23 @@ def write_recipe(
     if path.is_dir() or (path.exists() and not force):
         got = "a folder" if path.is_dir() else "one; --force replaces it"
         raise RecipeError(f"{path}: expected no file of that name yet, got {got}")
-    make_any_method(method)
+    needs = make_any_method(method).needs
     chat = renders_chat(model)
     learned = _source(train, chat, test)
-    kept = [None if name == "self" else _source(name, chat, None) for name in preserve]
-    text = _text(path, model, method, learned, kept)
+    files = [name for name in preserve if name != "self"]
+    kept = [_source(name, chat, None) for name in files]
+    own = own_text or len(files) < len(preserve)
+    if "preserve" in needs and not (kept or own):
+        raise RecipeError(
+            f"preserve: expected something to keep, as the method {method} calibrates on it, got "
+            "nothing; name a file, or leave the model's own text in"
+        )
+    text = _text(path, model, method, learned, [*kept, None] if own else kept)
     with tempfile.TemporaryDirectory() as folder:
         draft = write_atomically(Path(folder) / path.name, text)
         recipe = load_recipe(draft)
     write_atomically(path, text)
-    return NewRecipe(path, recipe, _notes(chat, model, [learned, *filter(None, kept)]))
+    return NewRecipe(path, recipe, _notes(chat, model, [learned, *kept]))
 
 
 def _source(name: str, chat: bool | None, test: str | None) -> _Source:
@@ -173,6 +183,7 @@ def _text(
     ]
     named = {"name": method} | ({"rank": 32} if isinstance(made, Method) else {})
     rate = f"{made.default_learning_rate:g}"
+    equal = _line("  source_weights", "equal", "each source counts alike; or tokens")
     lines = [
         f"# {one_line(shlex.join(['forgetless', 'run', str(path)]))}",
         "#",
@@ -188,8 +199,9 @@ def _text(
         *_mapping(learned.used),
         "",
         "# What must not be forgotten; self is text that the model itself writes.",
-        "preserve_data:",
+        f"preserve_data:{'' if kept else ' []'}",
         *(line for source in kept for line in _entry(own if source is None else source.used)),
+        *([] if len(kept) < 2 else ["calibration:", equal]),
         "",
         "training:",
         _line("  epochs", 1),
