@@ -494,6 +494,7 @@ def _as_an_earlier_version_wrote(tree: dict) -> dict:
     for side in ("gain", "retention"):
         for item in tree["evaluation"][side]:
             assert item.pop("redistributable") is True
+            assert item.pop("refuses_with") == item.pop("complies_with") == []
     return tree
 
 

@@ -94,6 +94,27 @@ def test_a_merged_lora_measures_as_the_adapter_does(make_tiny_model, tiny_tokeni
     assert all(found.movement.layers[name].update_size == 0 for name in others)
 
 
+def test_refusals_coherence_and_judges_see_the_base_of_a_pair(make_tiny_model, tiny_tokenizer):
+    item = {**GAIN, "metrics": ["refusal", "refusal_likelihood", "refusal_margin", "coherent"]}
+    arguments = {
+        "retention": [item],
+        "movement_data": (),
+        "judges": {"length": lambda prompts, answers, references: list(map(len, answers))},
+    }
+    adapter = with_lora(make_tiny_model())
+    merged = with_lora(make_tiny_model()).merge_and_unload()
+    expected = forgetless.evaluate(adapter, tiny_tokenizer, **arguments).items[0].row_values
+    found = forgetless.evaluate(merged, tiny_tokenizer, base=make_tiny_model(), **arguments)
+    assert expected.keys() == {*item["metrics"], "length"}
+    for name, values in found.items[0].row_values.items():
+        assert values.base == pytest.approx(expected[name].base, rel=1e-4), name
+        assert values.tuned == pytest.approx(expected[name].tuned, rel=1e-4), name
+    # Base and tuned model differ, so that one taken for the other would show.
+    margins = expected["refusal_margin"]
+    assert margins.tuned != pytest.approx(margins.base, rel=0.1)
+    assert expected["length"].tuned != expected["length"].base
+
+
 @pytest.mark.parametrize("base", ["tiny_model", "tiny_gpt2"])
 def test_scale_goes_on_the_change_of_every_weight(base, tiny_tokenizer, request):
     base = request.getfixturevalue(base)

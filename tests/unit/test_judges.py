@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from evaluation_setup import GAIN, QUESTIONS, with_lora
 
 from forgetless.errors import DataError, RecipeError
@@ -62,7 +63,13 @@ def test_shares_stay_shares_and_arrays_are_taken(tuned, tiny_tokenizer):
     ("answer", "words"),
     [
         (lambda p, a, r: [1.0], "expected one number for each of 6 answers, got 1"),
-        (lambda p, a, r: None, "expected a list of 6 numbers, got null|got None"),
+        (lambda p, a, r: None, "expected a list of 6 numbers, got None"),
+        (lambda p, a, r: 0.5, "expected a list of 6 numbers, got 0.5"),
+        (lambda p, a, r: np.array(0.5), "expected a list of 6 numbers"),
+        (lambda p, a, r: torch.ones(6).mean(), "expected a list of 6 numbers"),
+        (lambda p, a, r: {0.0, 1.0, 2.0, 3.0, 4.0, 5.0}, "expected a list of 6 numbers"),
+        (lambda p, a, r: [10**400] * 6, "expected numbers, got 1"),
+        (lambda p, a, r: np.ones((6, 2)), "expected numbers, got array"),
         (lambda p, a, r: "111111", "expected a list of 6 numbers"),
         (lambda p, a, r: ["good"] * 6, "expected numbers, got 'good' for answer 0"),
         (lambda p, a, r: [0.0, float("nan")] * 3, "expected finite numbers, got nan for answer 1"),
@@ -101,4 +108,13 @@ def test_what_a_judge_raises_is_its_own(tuned, tiny_tokenizer):
         raise ConnectionError("no judge at home")
 
     with pytest.raises(ConnectionError, match="no judge at home"):
+        measured(tuned, tiny_tokenizer, {"mine": broken})
+
+
+def test_what_is_raised_while_its_figures_are_read_is_the_judges_own_too(tuned, tiny_tokenizer):
+    def broken(prompts, answers, references):
+        yield 1.0
+        raise TypeError("no judge at home")
+
+    with pytest.raises(TypeError, match="no judge at home"):
         measured(tuned, tiny_tokenizer, {"mine": broken})

@@ -7,7 +7,7 @@ which. Recipes hold data and no code, so that a judge is given in Python only.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Protocol, get_args
 
 import numpy as np
@@ -77,9 +77,14 @@ def judge_answers(
     """
     given = judge(list(prompts), list(answers), list(references))
     said = f"{where}: judge {name!r}: expected"
-    if not isinstance(given, Iterable) or isinstance(given, str | Mapping):
-        raise DataError(f"{said} a list of {len(answers)} numbers, got {_shown(given)}")
-    values = list(given)
+    no_list = DataError(f"{said} a list of {len(answers)} numbers, got {_shown(given)}")
+    if isinstance(given, str | Mapping | Set):  # a set has no order
+        raise no_list
+    try:
+        each = iter(given)
+    except TypeError:  # an array or tensor of no dimension has `__iter__`, too
+        raise no_list from None
+    values = list(each)
     if len(values) != len(answers):
         raise DataError(
             f"{said} one number for each of {len(answers)} answers, got {len(values)}; return one "
@@ -89,7 +94,7 @@ def judge_answers(
     for row, value in enumerate(values):
         try:
             figures.append(float(value))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise DataError(f"{said} numbers, got {_shown(value)} for answer {row}") from None
         if not np.isfinite(figures[-1]):
             raise DataError(
