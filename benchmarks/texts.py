@@ -18,13 +18,16 @@ SHORTEST = 250  # characters of a passage
 
 
 def write_texts(folder: Path) -> dict[str, Path]:
-    """Write passages as JSONL; of the manual, no topic stands in both files."""
+    """Write passages as JSONL; of the manual, no topic and no passage stands in both files."""
     names = sorted(topics)
     story = files("reasoning_gym").joinpath("data", "in_the_year_2889.txt").read_text("utf-8")
     body = story.split("*** START OF", 1)[1].split("*** END OF", 1)[0]
+    held_out = [p for name in names[1::2] for p in _passages(topics[name])]
     parts = {
-        "manual_calibration": [p for name in names[::2] for p in _passages(topics[name])],
-        "manual_evaluation": [p for name in names[1::2] for p in _passages(topics[name])],
+        "manual_calibration": [
+            p for name in names[::2] for p in _passages(topics[name]) if p not in held_out
+        ],
+        "manual_evaluation": held_out,
         "story_evaluation": _passages(body),
     }
     return {
