@@ -67,7 +67,7 @@ def _add(verb: Callable[..., None], short: str, *examples: str, name: str | None
 
 _add(
     verbs.demo,
-    "See it work on a small model: plain LoRA and LoRA-Null.",
+    "See it work on a small model: plain LoRA, and one that keeps.",
     "forgetless demo --quick",
     "forgetless demo --output my-demo",
 )

@@ -33,8 +33,8 @@ def demo(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Fine-tune a small model twice, plain LoRA and LoRA-Null, and compare what they forgot."""
-    from forgetless.experiments.demo import run_demo
+    """Fine-tune a small model twice, plain LoRA and contrastive, and compare what they forgot."""
+    from forgetless.experiments.demo import METHOD, run_demo
 
     folder = output or Path("forgetless-demo-quick" if quick else "forgetless-demo")
     result = run_demo(folder, quick=quick, progress=progress_of(quiet, verbose), resume=again())
@@ -42,7 +42,7 @@ def demo(
     print_text(
         f"\nReport: {result.report}\n\n"
         "The same with your own data: the demo's recipes are plain YAML files,\n"
-        f"  {folder}/lora-null.yaml\n"
+        f"  {folder}/{METHOD}.yaml\n"
         "Change model, train_data and preserve_data in a copy, then\n"
         "  forgetless run my-recipe.yaml output=runs/mine\n"
     )
