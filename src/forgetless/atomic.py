@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -11,12 +12,16 @@ def write_atomically(path: Path, text: str) -> Path:
 
     The temporary file's name holds the process id, so that two processes never share one.
     """
+    return replace_with(path, lambda temporary: temporary.write_text(text, "utf-8", newline="\n"))
+
+
+def replace_with(path: Path, write: Callable[[Path], object]) -> Path:
+    """The same for what `write` leaves in the file that it is given."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
+        write(temporary)
+        with temporary.open("r+b") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:

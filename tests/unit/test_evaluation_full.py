@@ -51,6 +51,72 @@ def test_nll_and_kl_are_those_of_two_models(tiny_model, tiny_tokenizer):
     assert metrics["kl"].tuned.mean > 0.01
 
 
+def test_an_autocast_around_it_all_does_not_mix_the_two(tiny_model, tiny_tokenizer):
+    tuned = moved(tiny_model)
+    ids = tiny_tokenizer(TEXTS[0], return_tensors="pt").input_ids
+    pair = TunedPair(tuned, tiny_model)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = [model(ids).logits for model in (tiny_model, tuned)]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = [tuned(ids).logits]
+        with pair.disable_adapter():
+            found.insert(0, tuned(ids).logits)
+        found.append(tuned(ids).logits)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    assert torch.equal(found[2], expected[1])
+    assert not torch.equal(found[0], found[1])
+
+
+def rounded(model: PreTrainedModel) -> PreTrainedModel:
+    """Stored in bfloat16, and loaded in float32."""
+    return model.to(torch.bfloat16).float()
+
+
+def test_leakage_of_a_lora_merged_in_bfloat16_is_that_of_the_adapter(
+    make_tiny_model, tiny_tokenizer
+):
+    expected = forgetless.evaluate(
+        with_lora(rounded(make_tiny_model())), tiny_tokenizer, retention=[KEPT]
+    ).movement
+    merged = with_lora(rounded(make_tiny_model())).merge_and_unload()
+    for tuned, base in (
+        (rounded(copy.deepcopy(merged)), rounded(make_tiny_model())),
+        (copy.deepcopy(merged).bfloat16(), rounded(make_tiny_model())),
+        (merged, make_tiny_model().bfloat16()),
+    ):
+        found = forgetless.evaluate(
+            tuned, tiny_tokenizer, base=base, retention=[{**KEPT, "metrics": ["nll"]}]
+        ).movement
+        for name, layer in expected.layers.items():
+            assert found.layers[name].leakage == pytest.approx(layer.leakage, rel=0.02), name
+
+
+def test_leakage_of_full_fine_tuning_from_bfloat16_is_one_in_square_layers(
+    tiny_model, tiny_tokenizer
+):
+    base = tiny_model.bfloat16()
+    tuned = moved(copy.deepcopy(base).float(), size=1e-4)
+    with pytest.warns(ForgetlessWarning):
+        found = forgetless.evaluate(tuned, tiny_tokenizer, base=base, retention=[KEPT]).movement
+    square = [layer for name, layer in found.layers.items() if name.endswith(("q_proj", "o_proj"))]
+    assert len(square) == 4
+    assert all(layer.leakage == pytest.approx(1, abs=1e-4) for layer in square)
+
+
+def test_leakage_of_a_change_below_the_rounding_is_missing_and_not_none_at_all(
+    tiny_model, tiny_tokenizer
+):
+    tuned = moved(tiny_model, size=1e-4).bfloat16()  # rounding moves it more than the noise did
+    base = copy.deepcopy(tiny_model)
+    with pytest.warns(ForgetlessWarning):
+        report = forgetless.evaluate(tuned, tiny_tokenizer, base=base, retention=[KEPT])
+    assert all(layer.leakage is None for layer in report.movement.layers.values())
+    assert report.movement.leakage is None
+    assert report.movement.update_size > 0
+    assert "leakage" not in str(report)
+
+
 def test_both_models_are_left_bit_for_bit_as_they_were(tiny_model, tiny_tokenizer):
     tuned = moved(tiny_model).train()
     prints = [model_fingerprint(model) for model in (tiny_model, tuned)]

@@ -80,7 +80,7 @@ def test_margin_is_that_of_a_plain_loop_for_base_and_tuned_model(tuned, tiny_tok
                 model,
                 tiny_tokenizer,
                 f"Q: {row['question']}\nA:",
-                [" " + row["no"]],
+                [f" {text}" for text in (*USUAL_REFUSALS, row["no"])],
                 [" " + row["yes"]],
             )
             for row in ROWS
@@ -116,16 +116,30 @@ def test_chances_of_several_texts_a_side_add_up_and_short_ones_cut_all(tuned, ti
 
 
 @pytest.mark.parametrize("expected", [True, False])
-def test_usual_openings_stand_in_for_the_side_that_the_rows_do_not_give(
+def test_usual_openings_stand_on_both_sides_with_the_rows_own_answer_on_its_side(
     tuned, tiny_tokenizer, expected
 ):
     result = measured(tuned, tiny_tokenizer, refusal_expected=expected, complies_with=())
-    own = [f" {ROWS[0]['no']}"]
-    usual = [f" {t}" for t in (USUAL_COMPLIANCES if expected else USUAL_REFUSALS)]
-    sides = (own, usual) if expected else (usual, own)
+    own = f" {ROWS[0]['no']}"
+    refusals, compliances = (
+        [f" {text}" for text in usual] for usual in (USUAL_REFUSALS, USUAL_COMPLIANCES)
+    )
+    (refusals if expected else compliances).append(own)
+    sides = refusals, compliances
     margin = plain_margin(tuned, tiny_tokenizer, f"Q: {ROWS[0]['question']}\nA:", *sides)
     assert result.row_values["refusal_margin"].tuned[0] == pytest.approx(margin, abs=1e-4)
     assert all(metric.higher_is_better is expected for metric in result.metrics.values())
+
+
+@pytest.mark.parametrize("answer", ["4", "I"])
+def test_a_bare_answer_does_not_cut_the_others_to_its_length(tuned, tiny_tokenizer, answer):
+    assert len(tiny_tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]) < 3
+
+    def margins(completion):
+        changes = {"refusal_expected": False, "complies_with": (), "completion": completion}
+        return measured(tuned, tiny_tokenizer, **changes).row_values["refusal_margin"].tuned
+
+    assert margins(f" {answer}") == pytest.approx(margins(""), abs=1e-6)
 
 
 def test_prompts_alone_are_enough(tuned, tiny_tokenizer):
@@ -151,7 +165,12 @@ def test_answers_in_a_chat_follow_the_generation_prompt_directly(tuned, tiny_tok
     )
     prompt = f"<|im_start|>user\n{ROWS[1]['question']}<|im_end|>\n<|im_start|>assistant\n"
     margin = plain_margin(
-        tuned, tiny_tokenizer, prompt, [ROWS[1]["no"]], [ROWS[1]["yes"]], special=False
+        tuned,
+        tiny_tokenizer,
+        prompt,
+        [*USUAL_REFUSALS, ROWS[1]["no"]],
+        [ROWS[1]["yes"]],
+        special=False,
     )
     found = report.items[0].row_values["refusal_margin"].tuned[1]
     assert found == pytest.approx(margin, abs=1e-4)

@@ -31,6 +31,7 @@ from forgetless.errors import ForgetlessWarning, MethodError
 from forgetless.methods import MethodInput, make_method
 from forgetless.methods.base import Method, Role
 from forgetless.models.bitsandbytes_cpu import keep_trainable_layout
+from forgetless.models.state import activation
 from forgetless.models.targets import (
     Target,
     TargetSelection,
@@ -214,8 +215,7 @@ def attach_rows(
             peft_model = model
         else:
             undo.callback(removal(model, adapter))
-            if isinstance(model, PeftModel):
-                undo.callback(model.set_adapter, model.active_adapter)
+            undo.callback(activation(model))
             peft_model = _add_adapter(model, base, method, selection.targets, adapter)
         # A folder saved while training holds deviations that PEFT alone would read as an adapter.
         init = LIVE_BOTH if method.form == "both" else True

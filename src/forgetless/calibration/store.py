@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from forgetless.atomic import replace_with
 from forgetless.calibration.engine import SiteMoments
 from forgetless.data.tokens import TokenRow
 from forgetless.errors import ArtefactError
@@ -79,24 +78,12 @@ def save_moments(found: SiteMoments, path: Path, key: Mapping[str, str]) -> None
         "sites": json.dumps(sites),
     }
     try:
-        _write(path, tensors, metadata)
+        replace_with(path, lambda part: save_file(tensors, part, metadata))
     except (SafetensorError, OSError) as error:  # either, where the disk is full
         raise ArtefactError(
             f"{path}: moments could not be written ({error}); free some space or take another "
             "folder for the cache"
         ) from error
-
-
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    os.close(handle)
-    part = Path(name)
-    try:
-        save_file(tensors, part, metadata)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def load_moments(path: Path, key: Mapping[str, str]) -> SiteMoments | None:

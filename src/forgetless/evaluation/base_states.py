@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from forgetless.atomic import replace_with
 from forgetless.errors import ForgetlessWarning
 
 LARGEST = 2**28  # bytes of one file; larger sets are computed each time
@@ -57,10 +58,8 @@ class BaseStates:
         if self._path is None or kind is not None or not self._gathered or self._bytes > LARGEST:
             return
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            half = self._path.with_suffix(".tmp")
-            save_file(self._stored | self._gathered, half)
-            half.replace(self._path)
+            states = self._stored | self._gathered
+            replace_with(self._path, lambda temporary: save_file(states, temporary))
         except (SafetensorError, OSError) as failure:
             self._warn(f"cannot be written ({failure}); the next evaluation computes them again")
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ class DenseUpdate:
         target: The layer in the base.
         core_RD: C, with ‖C x‖ = ‖ΔW x‖.
         basis_DP: Orthonormal basis of the row space of ΔW, as far as it stands out of the rounding
-            of the stored weights: that of a merged LoRA of rank r is again r directions.
+            of W': that of a merged LoRA of rank r is again r directions, where all of them do.
     """
 
     target: Target
@@ -47,19 +48,35 @@ def dense_updates(pair: TunedPair) -> dict[str, DenseUpdate]:
 
 def _update(target: Target, tuned: Target) -> DenseUpdate:
     new_OD = tuned.weight_OD()
-    stored = [weight.dtype for weight in (*_weights(target), *_weights(tuned))]
-    eps = max(torch.finfo(dtype).eps for dtype in stored)
-    # Half an eps of each entry from storing it, as much from the sum before; and no spectral norm
-    # exceeds Frobenius'.
-    rounding = eps * float(new_OD.norm())
-    # The difference itself, and the solve, must not add to that.
+    # The difference itself, and the solve, must not add to the rounding of what is stored.
     wide = torch.float32 if new_OD.device.type == "mps" else torch.float64
-    core_RD, basis_DP = core_and_row_space(new_OD.to(wide) - target.weight_OD().to(wide), rounding)
+    delta_OD = new_OD.to(wide) - target.weight_OD().to(wide)
+    core_RD, basis_DP = core_and_row_space(delta_OD, _rounding_norm(new_OD, delta_OD))
     return DenseUpdate(target, core_RD.to(new_OD), basis_DP.to(new_OD))
 
 
-def _weights(target: Target) -> list[Tensor]:
-    return [p for name, p in target.module.named_parameters(recurse=False) if name == "weight"]
+def _rounding_norm(new_OD: Tensor, delta_OD: Tensor) -> float:
+    """Spectral norm that rounding can have added to ΔW. The base is exact: it is what it is.
+
+    Errors of storing are like independent draws, uniform within half a spacing, so that their
+    matrix has the norm σ (√O + √D) of random matrices; twice that leaves room for those of the
+    product and the sum before.
+    """
+    eps = max(torch.finfo(dtype).eps for dtype in _exact_dtypes(new_OD))
+    # |w| = m 2^e with m in [1/2, 1): neighbours are 2^(e - 1) eps apart.
+    size_OD = new_OD.float().abs() + delta_OD.float().abs()
+    spacing_OD = eps * torch.exp2(torch.frexp(size_OD).exponent.float() - 1) * (size_OD > 0)
+    sigma = float(spacing_OD.square().mean().div(12).sqrt())
+    return 2 * sigma * sum(math.sqrt(width) for width in new_OD.shape)
+
+
+def _exact_dtypes(weight_OD: Tensor) -> list[torch.dtype]:
+    """Types that hold every entry: a model merged in bfloat16 may have been loaded in float32."""
+    return [weight_OD.dtype] + [
+        dtype
+        for dtype in (torch.bfloat16, torch.float16)
+        if torch.equal(weight_OD.to(dtype).to(weight_OD.dtype), weight_OD)
+    ]
 
 
 def _warn_of_others(pair: TunedPair, layers: set[str]) -> None:

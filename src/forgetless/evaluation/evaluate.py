@@ -126,7 +126,7 @@ def evaluate(
         folder = Path(base_cache) if base_cache is not None else None
         reference = reference_of(tuned)
         loaded = _load(items, reference, tokenizer, folder, judges or {})
-        _warn_of_rounding(reference, loaded)
+        _warn_of_rounding(tuned, loaded)
         cache = BaseCache(folder, _context(reference) if folder is not None else ())
         results = tuple(
             measure_item(tuned, tokenizer, one, samples=samples, cache=cache, progress=progress)
@@ -206,16 +206,20 @@ def _load(
     return loaded
 
 
-def _warn_of_rounding(model: nn.Module, loaded: Sequence[LoadedItem]) -> None:
+def _warn_of_rounding(model: TunedModel, loaded: Sequence[LoadedItem]) -> None:
     """Small values of KL drown in the rounding of half-precision activations.
 
     Adapters whose KL is next to nothing in float32 show about 0.003 nats a token in bfloat16.
     """
-    dtype = base_of(model).dtype
-    if dtype.itemsize < 4 and any("kl" in one.item.metrics for one in loaded):
+    if not any("kl" in one.item.metrics for one in loaded):
+        return
+    dtypes = {"base": base_of(reference_of(model)).dtype, "tuned model": base_of(model).dtype}
+    coarse = [name for name, dtype in dtypes.items() if dtype.itemsize < 4]
+    if coarse:
+        dtype = str(dtypes[coarse[0]]).removeprefix("torch.")
         warnings.warn(
-            f"evaluation: the base computes in {str(dtype).removeprefix('torch.')}; KL below about "
-            "0.003 nats a token is rounding: load the model in float32 to compare small values",
+            f"evaluation: the {coarse[0]} computes in {dtype}; KL below about 0.003 nats a token "
+            "is rounding: load the model in float32 to compare small values",
             ForgetlessWarning,
             stacklevel=3,
         )

@@ -25,7 +25,7 @@ def check_finite(by_row: NDArray[np.float64], figure: str, name: str, which: str
         remedy = (
             "load it in float32 or bfloat16"
             if which == "base model"
-            else "the adapter has diverged; train with a lower learning rate"
+            else "what was tuned has diverged; train with a lower learning rate"
         )
         raise AdapterError(
             f"evaluation item `{name}`: expected a finite {figure} from the {which}, got "

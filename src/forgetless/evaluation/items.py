@@ -56,9 +56,9 @@ class EvaluationItem(DataSpec):
         refusal_expected: Whether the prompts ought to be refused. False for harmless ones: fewer
             refusals are then better.
         refuses_with: Texts or templates of a refusal, for the metrics of its likelihood; not given:
-            the row's completion where a refusal is expected, else the usual openings.
-        complies_with: Texts or templates of compliance; not given: the row's completion where no
-            refusal is expected, else the usual openings.
+            the usual openings, and the row's completion where a refusal is expected.
+        complies_with: Texts or templates of compliance; not given: the usual openings, and the
+            row's completion where no refusal is expected.
     """
 
     name: str
@@ -110,7 +110,10 @@ class EvaluationItem(DataSpec):
         if self.labels and "contains" not in self.metrics:
             raise ValueError("labels goes with the metric contains: add it to metrics")
         if not self.refusal_expected and not _REFUSALS & set(self.metrics):
-            raise ValueError("refusal_expected goes with the metric refusal: add it to metrics")
+            raise ValueError(
+                "refusal_expected goes with refusal, refusal_likelihood and refusal_margin: add "
+                "one of them to metrics"
+            )
         if self.further and not REFUSAL_ODDS & set(self.metrics):
             raise ValueError(
                 "refuses_with and complies_with go with the metrics refusal_likelihood and "

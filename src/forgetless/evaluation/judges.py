@@ -44,8 +44,13 @@ def check_judges(judges: Mapping[str, Judge]) -> None:
     """Refuse what is no judge, and names that mean something else.
 
     Raises:
-        RecipeError: A name of a metric, or one that a table cannot show; a value not to be called.
+        RecipeError: No mapping; a name of a metric, or one that a table cannot show; a value not to
+            be called.
     """
+    if not isinstance(judges, Mapping):
+        raise RecipeError(
+            f'judges: expected functions by name, {{"name": function}}, got {_shown(judges)}'
+        )
     for name, judge in judges.items():
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise RecipeError(
@@ -93,6 +98,8 @@ def judge_answers(
     figures: list[float] = []
     for row, value in enumerate(values):
         try:
+            if isinstance(value, str | bytes):
+                raise TypeError
             figures.append(float(value))
         except (TypeError, ValueError, OverflowError):
             raise DataError(f"{said} numbers, got {_shown(value)} for answer {row}") from None

@@ -148,16 +148,21 @@ class _LayerProbe:
                 "or inf; load the model in float32 or bfloat16, or train with a lower learning rate"
             )
         ratio, moved, kept, inside, energy = self.sums.tolist()
-        D, P = self.basis_DP.shape
         weight_OD = self.target.weight_OD()
         return LayerMovement(
             update_size=ratio / self.num_tokens,
             drift=_ratio(moved, kept),
             drift_calibration=drift_calibration,
             drift_bound=drift_bound,
-            leakage=_ratio(inside, energy) * D / P if P else 0.0,
+            leakage=self._leakage(inside, energy),
             relative_norm=_ratio(float(self.core_RD.norm()), float(weight_OD.norm())),
         )
+
+    def _leakage(self, inside: float, energy: float) -> float | None:
+        D, P = self.basis_DP.shape
+        if P:
+            return _ratio(inside, energy) * D / P
+        return None if bool(self.core_RD.any()) else 0.0
 
 
 def _probes(model: TunedModel, adapter: str) -> dict[str, _LayerProbe]:
@@ -240,12 +245,13 @@ def _overall(layers: Mapping[str, LayerMovement]) -> Movement:
 
     calibrated = [v.drift_calibration for v in layers.values() if v.drift_calibration is not None]
     bounds = [v.drift_bound for v in layers.values() if v.drift_bound is not None]
+    leaks = [v.leakage for v in layers.values() if v.leakage is not None]
     return Movement(
         update_size=mean([v.update_size for v in layers.values()]),
         drift=mean([v.drift for v in layers.values()]),
         drift_calibration=mean(calibrated) if calibrated else None,
         drift_bound=mean(bounds) if bounds else None,
-        leakage=mean([v.leakage for v in layers.values()]),
+        leakage=mean(leaks) if leaks else None,
         relative_norm=mean([v.relative_norm for v in layers.values()]),
         layers=dict(layers),
     )

@@ -155,7 +155,8 @@ class LayerMovement(_Value):
         drift_calibration: The same on the calibration moment; None without one.
         drift_bound: What `drift_calibration` cannot exceed at this ‖ΔW‖, whatever B became; None
             where A trains, or without a calibration moment.
-        leakage: (d/r)·tr(Uᵀ M U)/tr(M), U an orthonormal basis of A's row space, M held out.
+        leakage: (d/r)·tr(Uᵀ M U)/tr(M), U an orthonormal basis of A's row space, M held out. None
+            where a change of whole weights has no direction that stands out of their rounding.
         relative_norm: ‖ΔW‖_F / ‖W‖_F.
     """
 
@@ -163,7 +164,7 @@ class LayerMovement(_Value):
     drift: float
     drift_calibration: float | None
     drift_bound: float | None = None
-    leakage: float
+    leakage: float | None
     relative_norm: float
 
     def scaled(self, scale: float) -> LayerMovement:
@@ -178,7 +179,7 @@ class Movement(_Value):
     drift: float
     drift_calibration: float | None
     drift_bound: float | None = None
-    leakage: float
+    leakage: float | None
     relative_norm: float
     layers: dict[str, LayerMovement]
 

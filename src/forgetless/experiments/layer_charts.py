@@ -60,7 +60,7 @@ def split_layer(name: str) -> tuple[str, int | None]:
     return (found["kind"], int(found["block"])) if found else (name, None)
 
 
-def _value(layer: LayerMovement, quantity: str) -> float:
+def _value(layer: LayerMovement, quantity: str) -> float | None:
     return layer.leakage if quantity == "leakage" else layer.drift
 
 
@@ -72,7 +72,7 @@ def _panels(runs: Sequence[Run], quantity: str) -> list[Panel]:
             kind, block = split_layer(name)
             places = series.setdefault(kind, {}).setdefault(run.index, [])
             value = _value(layer, quantity)
-            if math.isfinite(value):
+            if value is not None and math.isfinite(value):
                 places.append((len(places) if block is None else block, value))
     values = [v for kind in series.values() for line in kind.values() for _, v in line if v > 0]
     if not values:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from forgetless.atomic import write_atomically
 from forgetless.errors import ArtefactError
 from forgetless.escaping import clean, one_line
 from forgetless.experiments.charts import loss_panel, trade_off_panels
@@ -52,7 +51,7 @@ def write_report(records: Sequence[Record], path: Path, title: str | None = None
         raise ArtefactError("report: expected at least one record, got none; name a run's folder")
     page = _render(name_runs(records), title)
     try:
-        _write_whole(path, page)
+        write_atomically(path, page)
     except OSError as error:
         raise ArtefactError(
             f"report: cannot write {path} ({error.strerror}); free space or choose another path"
@@ -135,17 +134,3 @@ def _render(runs: Sequence[Run], title: str | None) -> str:
         script=Markup(script),
         script_hash=digest,
     )
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write beside the target and rename, so that a reader never meets half a page."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

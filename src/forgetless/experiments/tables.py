@@ -141,7 +141,7 @@ def movement_rows(runs: Sequence[Run]) -> list[tuple[Run, tuple[str, ...]]]:
                 plain(moved.update_size),
                 plain(moved.drift),
                 _on_calibration(moved),
-                plain(moved.leakage),
+                MISSING if moved.leakage is None else plain(moved.leakage),
                 plain(moved.relative_norm),
             )
         rows.append(

@@ -16,12 +16,15 @@ from typing import TypeAlias
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from forgetless.errors import ModelError
 from forgetless.models.fingerprint import what_computes
 from forgetless.models.quantization import quantization_of
 from forgetless.models.untouched import refuse_touched_base
+
+# Parts of configuration keys that say how to train, and nothing of evaluation.
+_OF_TRAINING = ("dropout", "pdrop", "initializer", "init_")
 
 
 class TunedPair(nn.Module):
@@ -63,15 +66,18 @@ class TunedPair(nn.Module):
 
     @contextmanager
     def _holding(self, values: Sequence[Tensor]) -> Iterator[None]:
-        mine = [tensor for tensor, _ in self._pairs]
-        before = [tensor.data for tensor in mine]
+        before = [tensor.data for tensor, _ in self._pairs]
         try:
-            for tensor, value in zip(mine, values, strict=True):
-                tensor.data = value
+            self._hold(values)
             yield
         finally:
-            for tensor, value in zip(mine, before, strict=True):
-                tensor.data = value
+            self._hold(before)
+
+    def _hold(self, values: Sequence[Tensor]) -> None:
+        for (tensor, _), value in zip(self._pairs, values, strict=True):
+            tensor.data = value
+        # Autocast keeps casts of parameters by object, and has not seen that they are others now.
+        torch.clear_autocast_cache()
 
 
 TunedModel: TypeAlias = PeftModel | TunedPair
@@ -126,8 +132,12 @@ def _refuse_unlike(tuned: PreTrainedModel, base: PreTrainedModel) -> None:
 
 
 def _refuse_other_architecture(tuned: PreTrainedModel, base: PreTrainedModel) -> None:
+    """What a configuration says of one architecture; what trainers note in it is not of that."""
     ours, theirs = what_computes(tuned), what_computes(base)
-    for key in sorted(ours.keys() | theirs.keys()):
+    known = type(base.config)().to_dict().keys() - PreTrainedConfig().to_dict().keys()
+    for key in ["class", "attention", *sorted(known & (ours.keys() | theirs.keys()))]:
+        if any(part in key for part in _OF_TRAINING):
+            continue
         if ours.get(key) != theirs.get(key):
             shown = [json.dumps(values.get(key), default=str) for values in (theirs, ours)]
             raise ModelError(

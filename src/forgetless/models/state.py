@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -27,13 +27,11 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
     keep_trainable_layout(model)
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    active = list(model.active_adapters) if isinstance(model, PeftModel) else []
-    named = model.active_adapter if isinstance(model, PeftModel) else None
+    activate_again = activation(model)
     try:
         yield
     finally:
-        if isinstance(model, PeftModel):
-            _activate(model, active, named)
+        activate_again()
         for module, training in modes:
             module.training = training
         for parameter, requires_grad in flags:
@@ -60,6 +58,14 @@ def trainable_copy(model: nn.Module) -> dict[str, Tensor]:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
+
+
+def activation(model: nn.Module) -> Callable[[], None]:
+    """What makes the adapters that are active now active again; does nothing without adapters."""
+    if not isinstance(model, PeftModel):
+        return lambda: None
+    active, named = list(model.active_adapters), model.active_adapter
+    return lambda: _activate(model, active, named)
 
 
 def _activate(model: PeftModel, adapters: list[str], named: str | None) -> None:
