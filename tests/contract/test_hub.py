@@ -14,6 +14,7 @@ import torch
 from fake_hub import FakeHub, running_hub
 from huggingface_hub import constants
 from peft import PeftModel
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 import forgetless
@@ -109,6 +110,39 @@ def test_of_a_run_its_adapter_is_uploaded(hub: FakeHub, exported: Path, tmp_path
     (run / "record.json").write_text("{}")
     forgetless.push_to_hub(run, "you/adapter")
     assert sorted(hub.files["you/adapter"]) == ADAPTER
+
+
+def write_model(folder: Path) -> None:
+    """What passes for a whole model."""
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
+
+
+def test_of_a_run_that_trained_every_weight_its_model_is_uploaded(
+    hub: FakeHub, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    write_model(run / "model")
+    (run / "model" / "README.md").write_text(card_of("forgetless"))
+    forgetless.push_to_hub(run, "you/model")
+    assert sorted(hub.files["you/model"]) == ["README.md", "config.json", "model.safetensors"]
+
+
+def test_a_model_beside_an_adapter_is_never_uploaded_unasked(
+    hub: FakeHub, exported: Path, tmp_path: Path
+) -> None:
+    write_model(exported / "model")
+    forgetless.push_to_hub(exported, "you/adapter")
+    assert sorted(hub.files["you/adapter"]) == ADAPTER
+    run = tmp_path / "run"
+    run.mkdir()
+    write_model(run / "model")
+    exported.rename(run / "adapter")
+    with pytest.raises(AdapterError, match=r"expected one export, got .*adapter and .*model; name"):
+        forgetless.push_to_hub(run, "you/run")
+    assert "you/run" not in hub.files
 
 
 def test_what_is_no_export_is_refused_before_anything_is_sent(

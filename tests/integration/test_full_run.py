@@ -101,6 +101,36 @@ def test_a_lost_model_is_exported_again_from_its_checkpoint(make_recipe, tmp_pat
     assert (folder / "README.md").is_file()
 
 
+@pytest.mark.parametrize("lost", ["shard", "index"])
+def test_a_model_of_which_a_part_is_lost_is_exported_again(make_recipe, tmp_path, lost):
+    recipe = make_recipe()
+    run(recipe)
+    folder = tmp_path / "out" / "model"
+    before = (folder / "model.safetensors").read_bytes()
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="50KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    run(recipe)
+    assert sorted(folder.glob("model-*.safetensors")) == shards  # it is whole, and left alone
+    if lost == "shard":
+        shards[0].unlink()
+    else:
+        (folder / "model.safetensors.index.json").write_text("{")
+    run(recipe)
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_settings_that_cannot_be_saved_are_refused_before_anything_is_trained(
+    make_recipe, tiny_model_path, tmp_path
+):
+    (tiny_model_path / "generation_config.json").write_text('{"temperature": 0.5}')
+    with pytest.raises(ForgetlessError, match=r"mend its generation_config\.json") as caught:
+        run(make_recipe())
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
 def test_regularisers_that_it_is_defined_for_run(make_recipe):
     training = {"regularisers": ["kl", "replay", {"name": "drift", "weight": 2.0}]}
     record = load_record(run(make_recipe(training=training)))
@@ -158,5 +188,9 @@ def test_a_whole_model_is_measured_from_the_command_line(
     for report in reports:
         found = report["items"][1]["metrics"]["kl"]["tuned"]["mean"]
         assert found == pytest.approx(expected, rel=1e-6)
+    (tmp_path / "empty").mkdir()
+    assert status(["evaluate", str(path), "--tuned", str(tmp_path / "empty")]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "got a folder without config.json; an adapter is measured with --adapter" in said
     assert status(["export", str(tmp_path / "out"), str(tmp_path / "exported")]) == 2
     assert "lies ready in" in capsys.readouterr().err.replace("\n", " ")

@@ -259,6 +259,36 @@ def test_a_base_in_another_dtype_computes_in_its_own(tiny_model, tiny_tokenizer)
         assert tuned(ids).logits.dtype == torch.float32
 
 
+def test_buffers_that_no_checkpoint_holds_are_the_bases_too(make_tiny_model, tiny_tokenizer):
+    base, tuned = make_tiny_model().bfloat16(), make_tiny_model()
+    # A cast rounds the frequencies of rotary positions: the two models' are not the same.
+    assert not torch.equal(base.model.rotary_emb.inv_freq.float(), tuned.model.rotary_emb.inv_freq)
+    ids = tiny_tokenizer(" ".join(TEXTS), return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = [base(ids).logits, tuned(ids).logits]
+        with TunedPair(tuned, base).disable_adapter():
+            assert torch.equal(tuned(ids).logits, expected[0])
+        assert torch.equal(tuned(ids).logits, expected[1])
+
+
+def test_what_trainers_note_in_a_configuration_makes_no_other_model(tiny_model, tiny_tokenizer):
+    tuned = moved(tiny_model)
+    tuned.config.update(
+        {"attention_dropout": 0.5, "initializer_range": 1.0, "unsloth_version": "1", "id2label": {}}
+    )
+    with pytest.warns(ForgetlessWarning, match="besides"):
+        report = forgetless.evaluate(tuned, tiny_tokenizer, base=tiny_model, retention=[KEPT])
+    assert report.items[0].metrics["kl"].tuned.mean > 0.01
+
+
+@pytest.mark.parametrize("which", ["base", "tuned model"])
+def test_rounding_of_either_model_is_told(which, tiny_model, tiny_tokenizer):
+    tuned, base = copy.deepcopy(tiny_model), tiny_model
+    (base if which == "base" else tuned).bfloat16()
+    with pytest.warns(ForgetlessWarning, match=f"the {which} computes in bfloat16"):
+        forgetless.evaluate(tuned, tiny_tokenizer, base=base, retention=[KEPT], movement_data=())
+
+
 def test_what_cannot_be_its_base_is_refused_in_one_line(make_tiny_model, tiny_gpt2, tiny_tokenizer):
     def message(model: object, **arguments: object) -> str:
         with pytest.raises(ForgetlessError) as caught:
@@ -273,6 +303,7 @@ def test_what_cannot_be_its_base_is_refused_in_one_line(make_tiny_model, tiny_gp
     assert "rope" in message(
         tuned, base=make_tiny_model(rope_parameters={"rope_type": "default", "rope_theta": 1.0})
     )
+    assert "attention" in message(tuned, base=make_tiny_model(attn_implementation="eager"))
     assert "itself" in message(tuned, base=tuned)
     assert "adapter= or base=, got both" in message(tuned, base=base, adapter="folder")
     assert "or base=" in message(tuned)

@@ -72,6 +72,7 @@ def test_shares_stay_shares_and_arrays_are_taken(tuned, tiny_tokenizer):
         (lambda p, a, r: np.ones((6, 2)), "expected numbers, got array"),
         (lambda p, a, r: "111111", "expected a list of 6 numbers"),
         (lambda p, a, r: ["good"] * 6, "expected numbers, got 'good' for answer 0"),
+        (lambda p, a, r: ["1"] * 6, "expected numbers, got '1' for answer 0"),
         (lambda p, a, r: [0.0, float("nan")] * 3, "expected finite numbers, got nan for answer 1"),
     ],
 )
@@ -87,6 +88,8 @@ def test_what_is_no_figure_for_every_answer_is_refused(tuned, tiny_tokenizer, an
     [
         ({"refusal": len}, "expected another name than a metric's, got 'refusal'"),
         ({"mine": "harmful?"}, "judges.mine: expected a function of prompts, answers and refer"),
+        (len, 'expected functions by name, {"name": function}, got'),
+        ([len], 'expected functions by name, {"name": function}, got'),
         ({"": len}, "expected names of up to 40 letters"),
         ({"two\nlines": len}, "expected names of up to 40 letters"),
     ],

@@ -22,6 +22,7 @@ from forgetless.errors import AdapterError, ArtefactError
 
 _MODEL_CONFIG = "config.json"
 _MODEL_WEIGHTS = "model*.safetensors"
+_MODEL_INDEX = "model.safetensors.index.json"
 _MODEL_FILES = re.compile(
     r"config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors"
     r"|model\.safetensors\.index\.json"
@@ -119,8 +120,20 @@ def _check_adapter(folder: Path) -> object:
 
 
 def _check_model(folder: Path) -> None:
-    for path in folder.glob(_MODEL_WEIGHTS):
-        _tensor_names(path)
+    files = {path.name for path in folder.glob(_MODEL_WEIGHTS)} | _shards(folder)
+    for name in sorted(files):
+        _tensor_names(folder / name)
+
+
+def _shards(folder: Path) -> set[str]:
+    """Files that the index names, where a model is in several."""
+    path = folder / _MODEL_INDEX
+    if not path.is_file():
+        return set()
+    try:
+        return set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ArtefactError(f"{path}: damaged ({error}); copy it again") from error
 
 
 def _check_gguf(folder: Path) -> None:

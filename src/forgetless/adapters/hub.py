@@ -20,7 +20,7 @@ from peft import PeftModel
 
 from forgetless.adapters.card import Evaluated, Samples
 from forgetless.adapters.export import export
-from forgetless.adapters.exported_files import WHOLE_MODEL, exported_files
+from forgetless.adapters.exported_files import WHOLE_MODEL, exported_files, kinds_in
 from forgetless.adapters.load import CONFIG
 from forgetless.errors import AdapterError
 
@@ -98,6 +98,25 @@ def push_to_hub(
     return push_folder(Path(model), repo_id, private=private, revision=revision, token=token)
 
 
+def _export_in(folder: Path) -> Path:
+    """The folder itself where it is an export, else that of a run."""
+    of_run = [
+        folder / name
+        for name, is_there in (
+            ("adapter", (folder / "adapter" / CONFIG).is_file()),
+            ("model", WHOLE_MODEL.is_in(folder / "model")),
+        )
+        if is_there
+    ]
+    if kinds_in(folder) or not of_run:
+        return folder
+    if len(of_run) > 1:
+        raise AdapterError(
+            f"{folder}: expected one export, got {' and '.join(map(str, of_run))}; name one of them"
+        )
+    return of_run[0]
+
+
 def push_folder(
     folder: Path,
     repo_id: str,
@@ -111,9 +130,7 @@ def push_folder(
     Raises:
         AdapterError: As for `push_to_hub`.
     """
-    source = folder / "adapter" if (folder / "adapter" / CONFIG).is_file() else folder
-    if WHOLE_MODEL.is_in(folder / "model"):
-        source = folder / "model"
+    source = _export_in(folder)
     files = exported_files(source)
     api = HfApi(token=_token(token))
     try:

@@ -13,7 +13,7 @@ from forgetless.data.loading import check_rows
 from forgetless.data.overlap import refuse_overlap
 from forgetless.data.rows import RowSet
 from forgetless.data.spec import DataSpec
-from forgetless.errors import MethodError, RecipeError
+from forgetless.errors import MethodError, ModelError, RecipeError
 from forgetless.evaluation.items import EvaluationItem
 from forgetless.evaluation.lm_eval.files import task_files
 from forgetless.evaluation.lm_eval.tasks import open_tasks
@@ -78,6 +78,7 @@ def check_layers(recipe: Recipe, method: AnyMethod, loaded: LoadedModel) -> None
     Raises:
         AdapterError: A pattern that matches no layer, or the output head; a layer that cannot hold
             the method's adapter.
+        ModelError: One that could not be saved once its weights are trained.
         MethodError: A layer that the method cannot start on, or a quantised base of which every
             weight is to be trained.
     """
@@ -89,10 +90,23 @@ def check_layers(recipe: Recipe, method: AnyMethod, loaded: LoadedModel) -> None
                 f"got {loaded.name} quantised ({loaded.quantization}); load it in full precision, "
                 "or take a method that trains an adapter"
             )
+        _refuse_unsavable(loaded)
         return
     for target in targets.values():
         method.check_layer(target.name, target.in_features, target.out_features)
     refuse_unholdable(loaded.model, method, targets)
+
+
+def _refuse_unsavable(loaded: LoadedModel) -> None:
+    """Transformers saves no model with generation settings that it finds at odds."""
+    try:
+        loaded.model.generation_config.validate(strict=True)
+    except ValueError as error:
+        last = str(error).strip().splitlines()[-1]
+        raise ModelError(
+            f"model {loaded.name}: expected generation settings that transformers saves with a "
+            f"trained model, got some that it refuses ({last}); mend its generation_config.json"
+        ) from error
 
 
 def data_of(recipe: Recipe) -> list[DataSpec]:

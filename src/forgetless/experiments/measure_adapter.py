@@ -49,7 +49,7 @@ def measure_adapter(
         allow_task_code: Whether the recipe's folder of lm-eval tasks may run Python.
 
     Raises:
-        RecipeError: The recipe names nothing to measure.
+        RecipeError: The recipe names nothing to measure, or `tuned` is no model.
         AdapterError: There is no adapter in the folder.
     """
     heard = progress or Progress()
@@ -57,6 +57,8 @@ def measure_adapter(
     if not wanted.measures:
         raise RecipeError("evaluation: expected gain or retention items, got none; add some")
     whole = _whole_model(adapter if tuned is None else Path(tuned)) or tuned
+    if whole is not None:
+        _check_tuned(whole)
     folder = adapter_folder(adapter) if whole is None else None
     scales = [scale for scale in wanted.scales or () if scale != 1.0]
     beyond = beyond_plain_lora(read_adapter_config(folder)) if folder and scales else []
@@ -97,6 +99,14 @@ def measure_adapter(
 def _whole_model(folder: Path) -> str | None:
     """The model of a run that trained every weight."""
     return str(folder / "model") if WHOLE_MODEL.is_in(folder / "model") else None
+
+
+def _check_tuned(name: str) -> None:
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise RecipeError(
+            f"--tuned {name}: expected a model, a hub id, or a run that trained every weight, got "
+            "a folder without config.json; an adapter is measured with --adapter"
+        )
 
 
 def _load_tuned(name: str, recipe: Recipe) -> PreTrainedModel:

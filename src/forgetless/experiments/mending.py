@@ -34,8 +34,9 @@ def mend(recipe: Recipe, folder: RunFolder, record: Record, heard: Progress) -> 
     if checkpoint is None:
         raise ArtefactError(
             f"{product.folder}: expected the exported {product.noun}, got {fault}, and no "
-            f"checkpoint of step {record.training.steps} to export it from; copy it back, or train "
-            "again with output= set to another folder (the record and the report here stay valid)"
+            f"checkpoint of step {record.training.steps} to export it from; copy the "
+            f"{product.noun} back, or train again with output= set to another folder (the record "
+            "and the report here stay valid)"
         )
     heard.note(
         f"{product.folder} is gone or damaged ({fault}); it is exported again, from {checkpoint}"

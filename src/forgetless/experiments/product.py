@@ -132,8 +132,11 @@ class _Model(Product):
     def fault(self) -> str | None:
         if not WHOLE_MODEL.is_in(self.folder):
             return "no model"
-        weights = sorted(self.folder.glob("model*.safetensors"))
-        return next((found for path in weights if (found := _damage(path))), None)
+        try:
+            WHOLE_MODEL.check(self.folder)
+        except ForgetlessError as error:
+            return str(error)
+        return None
 
     def trained(self, loaded: LoadedModel, checkpoint: Path) -> TunedModel:
         pair = copied(loaded.model)

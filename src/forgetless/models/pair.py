@@ -42,8 +42,10 @@ class TunedPair(nn.Module):
         _refuse_unlike(tuned, base)
         self.tuned = tuned
         self.base = base
-        theirs = own_tensors(base)
-        self._pairs = [(tensor, theirs[name]) for name, tensor in own_tensors(tuned).items()]
+        theirs = own_tensors(base) | dict(base.named_buffers())
+        mine = own_tensors(tuned) | dict(tuned.named_buffers())
+        # What no checkpoint holds (rotary frequencies) is rounded with the rest by a cast.
+        self._pairs = [(tensor, theirs[name]) for name, tensor in mine.items() if name in theirs]
 
     def get_base_model(self) -> PreTrainedModel:
         """The transformers model that computes, as of a PeftModel."""
