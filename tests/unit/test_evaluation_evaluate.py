@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from forgetless.data.rows import Row, RowSet
 from forgetless.data.spec import DataSpec
 from forgetless.errors import AdapterError, DataError, ForgetlessWarning, RecipeError
-from forgetless.evaluation import judged, measure
+from forgetless.evaluation import judged, measure, scored
 from forgetless.evaluation.evaluate import evaluate
 from forgetless.evaluation.generation import Generated, generate_greedy
 from forgetless.evaluation.items import EvaluationItem
@@ -113,7 +113,7 @@ def test_model_is_left_as_it_was_when_an_item_fails(tuned, tiny_tokenizer, monke
     def fail(*_args, **_kwargs):
         raise AdapterError("stopped")
 
-    monkeypatch.setattr(measure, "score_rows", fail)
+    monkeypatch.setattr(scored, "score_rows", fail)
     with pytest.raises(AdapterError, match="stopped"):
         evaluate(tuned, tiny_tokenizer, gain=[GAIN])
     assert tuned.training

@@ -224,7 +224,10 @@ def attach_rows(
             peft_model, method, selection.targets, moments, gradients or {}, adapter, seed
         )
         undo.pop_all()
-    origin = _origin(method, row_sets, selection.targets, source_weights, seed)
+    weighed = any(len(row_sets[role]) > 1 for role in moments)
+    origin = _origin(
+        method, row_sets, selection.targets, source_weights if weighed else "tokens", seed
+    )
     return Attached(peft_model, method, starts, selection.skipped, moments, origin)
 
 
@@ -243,7 +246,7 @@ def _origin(
     data = {role: [rows.fingerprint for rows in row_sets[role]] for role in roles}
     options = {k: v for k, v in asdict(method).items() if (k, v) not in _LATER_OPTIONS}
     described = [method.name, options, data, sorted(targets), seed]
-    if source_weights != "tokens" and any(len(sources) > 1 for sources in data.values()):
+    if source_weights != "tokens":
         described.append(source_weights)
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
 

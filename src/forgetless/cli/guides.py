@@ -138,10 +138,11 @@ def methods(as_json: Json = False) -> None:
         print_text(wrapped("options", _options(kind) or "none"))
         print_text(wrapped("rate", f"{made.default_learning_rate:g}: {made.learning_rate_source}"))
         print_text("")
-    print_text("Regularisers, for any method, in a recipe's training.regularisers:\n")
+    print_text("Regularisers, in a recipe's training.regularisers:\n")
     for name, term in REGULARISERS.items():
         needs = "preserve" if term().needs_preserve else "no"
         print_text(f"{name}\n  {term.title}\n  source   {term.paper}\n  needs    {needs} data")
+        print_text(wrapped("with", _works_with(term)))
         print_text(wrapped("options", _options(term)))
         print_text("")
 
@@ -167,6 +168,15 @@ def _as_values(kind: type[AnyMethod]) -> dict[str, Any]:
 _WORDS = {"None": "none", "True": "true", "False": "false"}  # as YAML writes them
 
 
+def _works_with(kind: type[Regulariser]) -> str:
+    from forgetless.training.regularisers.base import Regulariser
+
+    words = {"full": "full", "plain": "a plain LoRA", "a": "B frozen", "b": "A frozen"}
+    missing = sorted(Regulariser.forms - kind.forms, reverse=True)
+    names = [words.get(form, f"trains: {form}") for form in missing]
+    return "any method" + (f", but not {' or '.join(names)}" if names else "")
+
+
 def _regulariser(kind: type[Regulariser]) -> dict[str, Any]:
     from forgetless.named import options_of
 
@@ -176,6 +186,7 @@ def _regulariser(kind: type[Regulariser]) -> dict[str, Any]:
         "title": made.title,
         "paper": made.paper,
         "needs_preserve_data": made.needs_preserve,
+        "forms": sorted(made.forms),
         "options": {k: v for k, v in options_of(made).items() if k != "name"},
     }
 

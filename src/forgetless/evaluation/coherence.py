@@ -29,10 +29,10 @@ from transformers import PreTrainedTokenizerBase
 
 from forgetless.data.tokens import TokenRow
 from forgetless.evaluation.base_cache import BaseCache
-from forgetless.evaluation.finite import check_finite
 from forgetless.evaluation.likelihood import RowScores, score_rows
 from forgetless.evaluation.loaded import LoadedItem, Progress, Watch
 from forgetless.evaluation.pairing import Measured, paired
+from forgetless.evaluation.scored import base_scores
 from forgetless.models.pair import TunedModel
 
 MOST_REPEATED = 0.5  # of a text's 4-grams
@@ -61,27 +61,20 @@ def coherence(
         cache: The base's figures.
         progress: Called with stage, rows done and rows in all.
     """
-    name = loaded.item.name
+    item = loaded.item
     ours, theirs = (_rows(loaded, tokenizer, texts) for texts in (tuned, base))
-
-    def score(stage: str, rows: list[TokenRow]) -> RowScores:
-        watch = Watch(progress, f"{name}: {stage}", len(rows))
-        with model.disable_adapter():
-            size = loaded.item.batch_size
-            return score_rows(model, tokenizer, rows, batch_size=size, progress=watch)
-
-    def score_own() -> RowScores:
-        scores = score("coherence of the base", theirs)
-        check_finite(scores.nll_sum, "NLL of its own answers", name, "base model")
-        return scores
-
-    own = cache.scores(theirs, score_own)
+    own = base_scores(
+        model, tokenizer, theirs, item, "NLL of answers", cache=cache, progress=progress
+    )
+    watch = Watch(progress, f"{item.name}: coherence", len(ours))
+    with model.disable_adapter():
+        judged = score_rows(model, tokenizer, ours, batch_size=item.batch_size, progress=watch)
     # Answers of less than two tokens are in neither sum.
     usual = float(own.nll_sum.sum() / max(1, own.num_tokens.sum()))
     return paired(
         "coherent",
         _coherent(base, theirs, own, usual),
-        _coherent(tuned, ours, score("coherence", ours), usual),
+        _coherent(tuned, ours, judged, usual),
     )
 
 

@@ -10,14 +10,14 @@ from transformers import PreTrainedTokenizerBase
 
 from forgetless.errors import DataError, ForgetlessWarning
 from forgetless.evaluation.base_cache import BaseCache
-from forgetless.evaluation.finite import check_finite
 from forgetless.evaluation.items import REFUSAL_ODDS
 from forgetless.evaluation.judged import judged
-from forgetless.evaluation.likelihood import RowScores, compare_rows, score_rows
+from forgetless.evaluation.likelihood import RowScores, compare_rows
 from forgetless.evaluation.loaded import LoadedItem, Progress, Watch
 from forgetless.evaluation.pairing import Measured, divergence, paired
 from forgetless.evaluation.refusal_odds import refusal_odds
 from forgetless.evaluation.results import ItemResult
+from forgetless.evaluation.scored import base_scores, check_finite, tuned_scores
 from forgetless.models.pair import TunedModel
 
 
@@ -82,22 +82,14 @@ def _likelihood_metrics(
             base, tuned, kl_sum = compare_rows(
                 model, tokenizer, rows, batch_size=size, states=states, progress=watch
             )
-    else:
-        watch = Watch(progress, f"{name}: NLL", len(rows))
-        tuned = score_rows(model, tokenizer, rows, batch_size=size, progress=watch)
-
-        def score_base() -> RowScores:
-            watch = Watch(progress, f"{name}: NLL of the base", len(rows))
-            with model.disable_adapter():
-                scores = score_rows(model, tokenizer, rows, batch_size=size, progress=watch)
-            check_finite(scores.nll_sum, "NLL", name, "base model")
-            return scores
-
-        base = cache.scores(rows, score_base)
-    check_finite(base.nll_sum, "NLL", name, "base model")
-    check_finite(tuned.nll_sum, "NLL", name, "tuned model")
-    if kl_sum is not None:
+        check_finite(base.nll_sum, "NLL", name, "base model")
+        check_finite(tuned.nll_sum, "NLL", name, "tuned model")
         check_finite(kl_sum, "KL", name, "tuned model")
+    else:
+        tuned = tuned_scores(model, tokenizer, rows, loaded.item, "NLL", progress=progress)
+        base = base_scores(
+            model, tokenizer, rows, loaded.item, "NLL", cache=cache, progress=progress
+        )
     kept = _scored_rows(tuned, name)
     tokens = tuned.num_tokens[kept].astype(np.float64)
     results = {

@@ -29,11 +29,10 @@ from forgetless.data.tokens import TokenRow, tokenize
 from forgetless.errors import DataError, ForgetlessWarning
 from forgetless.escaping import one_line
 from forgetless.evaluation.base_cache import BaseCache
-from forgetless.evaluation.finite import check_finite
 from forgetless.evaluation.items import EvaluationItem
-from forgetless.evaluation.likelihood import RowScores, score_rows
-from forgetless.evaluation.loaded import LoadedItem, Progress, Watch, accepted_answers
+from forgetless.evaluation.loaded import LoadedItem, Progress, accepted_answers
 from forgetless.evaluation.pairing import Measured, paired
+from forgetless.evaluation.scored import base_scores, tuned_scores
 from forgetless.models.pair import TunedModel
 
 SHORTEST = 3  # tokens of an opening, where there is a choice
@@ -66,24 +65,12 @@ def refusal_odds(
         DataError: In no row do both sides open differently.
         AdapterError: A likelihood that is NaN or infinite.
     """
-    item, name = loaded.item, loaded.item.name
+    item, figure = loaded.item, "refusal likelihood"
     pairs = _compared(loaded, tokenizer)
     flat = [row for pair in pairs for row in pair.rows]
-
-    def score(stage: str) -> RowScores:
-        watch = Watch(progress, f"{name}: {stage}", len(flat))
-        return score_rows(model, tokenizer, flat, batch_size=item.batch_size, progress=watch)
-
-    def score_base() -> RowScores:
-        with model.disable_adapter():
-            scores = score("refusal likelihood of the base")
-        check_finite(scores.nll_sum, "refusal likelihood", name, "base model")
-        return scores
-
-    base = _margins(pairs, cache.scores(flat, score_base).nll_sum)
-    tuned_nll = score("refusal likelihood").nll_sum
-    check_finite(tuned_nll, "refusal likelihood", name, "tuned model")
-    tuned = _margins(pairs, tuned_nll)
+    theirs = base_scores(model, tokenizer, flat, item, figure, cache=cache, progress=progress)
+    ours = tuned_scores(model, tokenizer, flat, item, figure, progress=progress)
+    base, tuned = (_margins(pairs, scores.nll_sum) for scores in (theirs, ours))
     expected = item.refusal_expected
     return {
         "refusal_likelihood": paired(

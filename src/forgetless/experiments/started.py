@@ -102,4 +102,8 @@ def _full(
             cache=cache,
             progress=lambda done, total: progress("preserve", done, total),
         )
-    return Started(copied(loaded.model), method, {}, {}, moments, "the base")
+    # What `drift` pulls to follows from the moments, and so from how their sources count.
+    weights = recipe.calibration.source_weights
+    weighed = bool(moments) and len(data.preserve) > 1 and weights != "tokens"
+    origin = f"the base, sources weighed {weights}" if weighed else "the base"
+    return Started(copied(loaded.model), method, {}, {}, moments, origin)

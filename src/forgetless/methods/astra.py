@@ -15,7 +15,8 @@ from typing import ClassVar
 import torch
 
 from forgetless.methods.base import (
-    UNTUNED_RATE,
+    LOW_RATE,
+    LOW_RATE_SOURCE,
     AdapterInit,
     LayerWeights,
     Method,
@@ -47,7 +48,8 @@ class Astra(Method):
     promise: ClassVar[str] = "none on preserve data; it learns fast on train data"
     usual_form: ClassVar[Trains] = "both"
     usual_needs: ClassVar[frozenset[Role]] = frozenset({"train"})
-    usual_rate_source: ClassVar[str] = f"{UNTUNED_RATE}; the authors use 2e-5"
+    usual_rate: ClassVar[float] = LOW_RATE
+    usual_rate_source: ClassVar[str] = f"{LOW_RATE_SOURCE}; the authors use 2e-5"
 
     def init(
         self, layer: LayerWeights, stats: SiteStatistics, generator: torch.Generator

@@ -21,7 +21,8 @@ import torch
 from forgetless.linalg.precision import full_precision, solving_dtype
 from forgetless.linalg.singular import End, singular_part
 from forgetless.methods.base import (
-    UNTUNED_RATE,
+    LOW_RATE,
+    LOW_RATE_SOURCE,
     AdapterInit,
     LayerWeights,
     Method,
@@ -64,7 +65,8 @@ class CorDA(Method):
         "kpm starts in the outputs that preserve data reach least; bounds nothing afterwards"
     )
     usual_form: ClassVar[Trains] = "both"
-    usual_rate_source: ClassVar[str] = f"{UNTUNED_RATE}; the authors use 2e-5"
+    usual_rate: ClassVar[float] = LOW_RATE
+    usual_rate_source: ClassVar[str] = f"{LOW_RATE_SOURCE}; the authors use 2e-5"
 
     def __post_init__(self) -> None:
         """Check the options."""

@@ -14,7 +14,7 @@ import torch
 
 from forgetless.linalg.singular import singular_part
 from forgetless.methods.base import (
-    UNTUNED_RATE,
+    LORAS_RATE,
     AdapterInit,
     LayerWeights,
     Method,
@@ -46,7 +46,7 @@ class MiCA(Method):
     )
     usual_form: ClassVar[Trains] = "a"
     usual_rate_source: ClassVar[str] = (
-        f"{UNTUNED_RATE}; the authors advise half of LoRA's rank and twice its rate"
+        f"{LORAS_RATE}; the authors advise half of LoRA's rank and twice its rate"
     )
 
     def init(

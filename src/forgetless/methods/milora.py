@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from forgetless.linalg.singular import End
-from forgetless.methods.base import UNTUNED_RATE
+from forgetless.methods.base import LORAS_RATE
 from forgetless.methods.pissa import PiSSA
 
 _BIBTEX = """\
@@ -34,5 +34,5 @@ class MiLoRA(PiSSA):
     promise: ClassVar[str] = (
         "starts where the weights do least, whatever the data; bounds nothing afterwards"
     )
-    usual_rate_source: ClassVar[str] = UNTUNED_RATE
+    usual_rate_source: ClassVar[str] = LORAS_RATE
     end: ClassVar[End] = "bottom"

@@ -15,6 +15,8 @@ import torch
 
 from forgetless.linalg.precision import full_precision
 from forgetless.methods.base import (
+    LOW_RATE,
+    LOW_RATE_SOURCE,
     AdapterInit,
     LayerWeights,
     Method,
@@ -41,6 +43,8 @@ class OLoRA(Method):
     paper: ClassVar[str] = "OLoRA, arXiv:2406.01775"
     bibtex: ClassVar[tuple[str, ...]] = (_BIBTEX,)
     promise: ClassVar[str] = "none on preserve data"
+    usual_rate: ClassVar[float] = LOW_RATE
+    usual_rate_source: ClassVar[str] = LOW_RATE_SOURCE
     usual_form: ClassVar[Trains] = "both"
 
     def init(

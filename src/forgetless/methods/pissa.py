@@ -15,7 +15,7 @@ import torch
 
 from forgetless.linalg.singular import End, singular_part
 from forgetless.methods.base import (
-    UNTUNED_RATE,
+    LORAS_RATE,
     AdapterInit,
     LayerWeights,
     Method,
@@ -45,7 +45,7 @@ class PiSSA(Method):
     bibtex: ClassVar[tuple[str, ...]] = (_BIBTEX,)
     promise: ClassVar[str] = "none on preserve data; it changes what the weights do most"
     usual_form: ClassVar[Trains] = "both"
-    usual_rate_source: ClassVar[str] = f"{UNTUNED_RATE}; the authors use 2e-5"
+    usual_rate_source: ClassVar[str] = f"{LORAS_RATE}; the authors use 2e-5"
     end: ClassVar[End] = "top"
 
     def init(

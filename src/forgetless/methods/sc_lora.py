@@ -24,6 +24,8 @@ from forgetless.linalg.precision import full_precision
 from forgetless.linalg.subspace import contrast_basis
 from forgetless.methods.base import (
     LORAS_RATE,
+    LOW_RATE,
+    LOW_RATE_SOURCE,
     AdapterInit,
     LayerWeights,
     Method,
@@ -73,7 +75,6 @@ class SCLoRA(Method):
         "starts where a change costs preserve data least; bounds nothing afterwards (trains: a "
         "keeps the output subspace)"
     )
-    usual_rate_source: ClassVar[str] = LORAS_RATE
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -93,6 +94,18 @@ class SCLoRA(Method):
     def form(self) -> Trains:
         """`both` or `a`."""
         return self.trains
+
+    @property
+    def default_learning_rate(self) -> float:
+        """5e-5 with both trained, 2e-4 with B frozen."""
+        return LOW_RATE if self.trains == "both" else 2e-4
+
+    @property
+    def learning_rate_source(self) -> str:
+        """Source of the default rate."""
+        if self.trains == "a":
+            return LORAS_RATE
+        return f"{LOW_RATE_SOURCE}; the authors use 2e-5 on 7B models at rank 128"
 
     @property
     def needs(self) -> frozenset[Role]:

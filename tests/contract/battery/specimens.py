@@ -28,25 +28,17 @@ from forgetless.adapters.forms import adapted_layers
 from forgetless.errors import MethodError
 from forgetless.methods.base import Method, Role
 from forgetless.models.targets import find_targets
+from tiny_bases import GROUPED, IDS
 
-IDS = torch.arange(5, 29).reshape(2, 12)
+INPUT_IDS = torch.arange(5, 29).reshape(2, 12)
 STEPS = 3
-TOKENS = {"vocab_size": 384, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-LLAMA: dict[str, Any] = {
-    **TOKENS,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.3,
-}
+HALF = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+LLAMA: dict[str, Any] = {**GROUPED, **HALF, "num_attention_heads": 2, "num_key_value_heads": 1}
 GPT2 = {"n_positions": 128, "n_embd": 16, "n_inner": 24, "n_layer": 1, "n_head": 2}
 KINDS = {
     "linear": LlamaConfig(**LLAMA, tie_word_embeddings=True),
     "biased": LlamaConfig(**LLAMA, attention_bias=True, mlp_bias=True, tie_word_embeddings=False),
-    "conv1d": GPT2Config(**TOKENS, **GPT2, initializer_range=0.3),
+    "conv1d": GPT2Config(**IDS, **GPT2, initializer_range=0.2),
 }
 LAYERS = {
     "linear": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
@@ -143,7 +135,7 @@ def logits(model: nn.Module) -> Tensor:
     """Of a fixed input."""
     model.eval()
     with torch.no_grad():
-        found: Tensor = model(input_ids=IDS).logits
+        found: Tensor = model(input_ids=INPUT_IDS).logits
     return found
 
 
@@ -207,7 +199,7 @@ class Specimen:
         optimizer = torch.optim.Adam(trained.values(), lr=5e-3)
         found = []
         for _ in range(STEPS):
-            self.model(input_ids=IDS, labels=IDS).loss.backward()
+            self.model(input_ids=INPUT_IDS, labels=INPUT_IDS).loss.backward()
             found.append({short_name(n) for n, p in trained.items() if p.grad.any()})
             optimizer.step()
             optimizer.zero_grad()
