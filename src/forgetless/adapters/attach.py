@@ -224,7 +224,7 @@ def attach_rows(
             peft_model, method, selection.targets, moments, gradients or {}, adapter, seed
         )
         undo.pop_all()
-    weighed = any(len(row_sets[role]) > 1 for role in moments)
+    weighed = any(len(row_sets.get(role, ())) > 1 for role in moments)
     origin = _origin(
         method, row_sets, selection.targets, source_weights if weighed else "tokens", seed
     )
