@@ -75,7 +75,7 @@ def write_recipe(
         test: One of what it is tested on; the last rows of `train` are held out where not given.
         preserve: Files or folders of what must not be forgotten.
         own_text: Whether text that the model itself writes must not be forgotten either: of what
-            was tried, the most is kept with both, each counting alike (benchmarks/grid.py).
+            was tried, the most is kept with both, each counting alike (docs/calibration.md).
         model: Hub id, path or `demo`.
         method: Name of a method.
         force: Whether a file of that name may be replaced.
