@@ -549,3 +549,24 @@ def test_sources_of_equal_weight_are_another_start(make_recipe):
     by_tokens = origin(f"{folder}-1", "tokens", is_split=True)
     assert origin(f"{folder}-2", "equal", is_split=True) != by_tokens
     assert origin(f"{folder}-3", "equal", is_split=False) == "35e30a95aec58e3d"
+
+
+@pytest.mark.parametrize(("regularisers", "is_other"), [([], False), ([{"name": "drift"}], True)])
+@pytest.mark.parametrize("method", [{"name": "lora", "rank": 4}, {"name": "full"}])
+def test_weights_of_sources_make_another_start_only_where_moments_are_read(
+    make_recipe, method, regularisers, is_other
+):
+    spec = make_recipe().resolved()["preserve_data"][0]
+    origins = {
+        calibrate_only(
+            make_recipe(
+                method=method,
+                preserve_data=[{**spec, "rows": [0, 10]}, {**spec, "rows": [10, 24]}],
+                calibration={"source_weights": weights},
+                training={"regularisers": regularisers},
+                output=f"{make_recipe().output}-{weights}",
+            )
+        ).origin
+        for weights in ("tokens", "equal")
+    }
+    assert (len(origins) == 2) == is_other

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from forgetless.adapters.start import LayerStart, first_gradient, start_layers
 from forgetless.adapters.variant import LIVE_BOTH
 from forgetless.calibration.calibrate import calibrate, check_token_count
 from forgetless.calibration.engine import SiteMoments
+from forgetless.calibration.weights import weights_that_count
 from forgetless.data.loading import load_rows
 from forgetless.data.overlap import refuse_overlap
 from forgetless.data.rows import RowSet
@@ -224,10 +225,9 @@ def attach_rows(
             peft_model, method, selection.targets, moments, gradients or {}, adapter, seed
         )
         undo.pop_all()
-    weighed = any(len(row_sets.get(role, ())) > 1 for role in moments)
-    origin = _origin(
-        method, row_sets, selection.targets, source_weights if weighed else "tokens", seed
-    )
+    calibrated_on = [row_sets.get(role, ()) for role in moments]
+    weights = {weights_that_count(sources, source_weights) for sources in calibrated_on}
+    origin = _origin(method, row_sets, selection.targets, weights, seed)
     return Attached(peft_model, method, starts, selection.skipped, moments, origin)
 
 
@@ -235,7 +235,7 @@ def _origin(
     method: Method,
     row_sets: Mapping[Role, Sequence[RowSet]],
     targets: Mapping[str, Target],
-    source_weights: SourceWeights,
+    source_weights: Set[SourceWeights],
     seed: int,
 ) -> str:
     """16 hex digits; not of the solved tensors, whose last bits depend on the number of threads.
@@ -246,8 +246,7 @@ def _origin(
     data = {role: [rows.fingerprint for rows in row_sets[role]] for role in roles}
     options = {k: v for k, v in asdict(method).items() if (k, v) not in _LATER_OPTIONS}
     described = [method.name, options, data, sorted(targets), seed]
-    if source_weights != "tokens":
-        described.append(source_weights)
+    described += sorted(source_weights - {"tokens"})
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
 
 

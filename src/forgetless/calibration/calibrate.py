@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from forgetless.calibration.engine import SiteMoments, collect_moments
 from forgetless.calibration.store import load_moments, moments_key, moments_path, save_moments
-from forgetless.calibration.weights import WeighedSources
+from forgetless.calibration.weights import WeighedSources, weights_that_count
 from forgetless.data.pairs import PairBatch, make_pair_batches, tokenize_pairs
 from forgetless.data.rows import RowSet
 from forgetless.data.spec import SourceWeights
@@ -38,8 +38,7 @@ def calibrate(
     encoder-decoder reads prompts with its encoder and completions with its decoder.
     """
     total, done = sum(len(rows.rows) for rows in row_sets), 0
-    # The mean of one source is its own; rounding stays out of it.
-    sources = WeighedSources(source_weights if len(row_sets) > 1 else "tokens")
+    sources = WeighedSources(weights_that_count(row_sets, source_weights))
     shelf = _Shelf(cache, model, targets) if cache is not None else None
     pairs = base_of(model).config.is_encoder_decoder
     padding = pad_token_id(tokenizer)

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from forgetless.calibration.engine import SiteMoments
 from forgetless.data.spec import SourceWeights
+
+
+def weights_that_count(sources: Sequence[object], weights: SourceWeights) -> SourceWeights:
+    """`tokens` where there are not several sources: the mean of one is its own."""
+    return weights if len(sources) > 1 else "tokens"
 
 
 class WeighedSources:

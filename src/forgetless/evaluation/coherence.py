@@ -32,7 +32,7 @@ from forgetless.evaluation.base_cache import BaseCache
 from forgetless.evaluation.likelihood import RowScores, score_rows
 from forgetless.evaluation.loaded import LoadedItem, Progress, Watch
 from forgetless.evaluation.pairing import Measured, paired
-from forgetless.evaluation.scored import base_scores
+from forgetless.evaluation.scored import Scorer
 from forgetless.models.pair import TunedModel
 
 MOST_REPEATED = 0.5  # of a text's 4-grams
@@ -63,9 +63,7 @@ def coherence(
     """
     item = loaded.item
     ours, theirs = (_rows(loaded, tokenizer, texts) for texts in (tuned, base))
-    own = base_scores(
-        model, tokenizer, theirs, item, "NLL of answers", cache=cache, progress=progress
-    )
+    own = Scorer(model, tokenizer, item, cache, progress).base(theirs, "NLL of answers")
     watch = Watch(progress, f"{item.name}: coherence", len(ours))
     with model.disable_adapter():
         judged = score_rows(model, tokenizer, ours, batch_size=item.batch_size, progress=watch)

@@ -17,7 +17,7 @@ from forgetless.evaluation.loaded import LoadedItem, Progress, Watch
 from forgetless.evaluation.pairing import Measured, divergence, paired
 from forgetless.evaluation.refusal_odds import refusal_odds
 from forgetless.evaluation.results import ItemResult
-from forgetless.evaluation.scored import base_scores, check_finite, tuned_scores
+from forgetless.evaluation.scored import Scorer, check_finite
 from forgetless.models.pair import TunedModel
 
 
@@ -86,10 +86,8 @@ def _likelihood_metrics(
         check_finite(tuned.nll_sum, "NLL", name, "tuned model")
         check_finite(kl_sum, "KL", name, "tuned model")
     else:
-        tuned = tuned_scores(model, tokenizer, rows, loaded.item, "NLL", progress=progress)
-        base = base_scores(
-            model, tokenizer, rows, loaded.item, "NLL", cache=cache, progress=progress
-        )
+        scorer = Scorer(model, tokenizer, loaded.item, cache, progress)
+        tuned, base = scorer.tuned(rows, "NLL"), scorer.base(rows, "NLL")
     kept = _scored_rows(tuned, name)
     tokens = tuned.num_tokens[kept].astype(np.float64)
     results = {

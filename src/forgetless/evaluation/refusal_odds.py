@@ -32,7 +32,7 @@ from forgetless.evaluation.base_cache import BaseCache
 from forgetless.evaluation.items import EvaluationItem
 from forgetless.evaluation.loaded import LoadedItem, Progress, accepted_answers
 from forgetless.evaluation.pairing import Measured, paired
-from forgetless.evaluation.scored import base_scores, tuned_scores
+from forgetless.evaluation.scored import Scorer
 from forgetless.models.pair import TunedModel
 
 SHORTEST = 3  # tokens of an opening, where there is a choice
@@ -68,8 +68,8 @@ def refusal_odds(
     item, figure = loaded.item, "refusal likelihood"
     pairs = _compared(loaded, tokenizer)
     flat = [row for pair in pairs for row in pair.rows]
-    theirs = base_scores(model, tokenizer, flat, item, figure, cache=cache, progress=progress)
-    ours = tuned_scores(model, tokenizer, flat, item, figure, progress=progress)
+    scorer = Scorer(model, tokenizer, item, cache, progress)
+    theirs, ours = scorer.base(flat, figure), scorer.tuned(flat, figure)
     base, tuned = (_margins(pairs, scores.nll_sum) for scores in (theirs, ours))
     expected = item.refusal_expected
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,50 +18,51 @@ from forgetless.evaluation.loaded import Progress, Watch
 from forgetless.models.pair import TunedModel
 
 
-def base_scores(
-    model: TunedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[TokenRow],
-    item: EvaluationItem,
-    figure: str,
-    *,
-    cache: BaseCache,
-    progress: Progress | None = None,
-) -> RowScores:
-    """Rows under the base, from the cache where it has them.
+@dataclass(frozen=True, slots=True)
+class Scorer:
+    """Scores rows of one item.
 
-    Raises:
-        AdapterError: A likelihood that is NaN or infinite.
+    Attributes:
+        model: The tuned model, in eval mode.
+        tokenizer: Its tokenizer.
+        item: Its name stands in messages; its `batch_size` is taken.
+        cache: The base's figures.
+        progress: Called with stage, rows done and rows in all.
     """
 
-    def compute() -> RowScores:
-        watch = Watch(progress, f"{item.name}: {figure} of the base", len(rows))
-        with model.disable_adapter():
-            scores = score_rows(model, tokenizer, rows, batch_size=item.batch_size, progress=watch)
-        check_finite(scores.nll_sum, figure, item.name, "base model")
+    model: TunedModel
+    tokenizer: PreTrainedTokenizerBase
+    item: EvaluationItem
+    cache: BaseCache
+    progress: Progress | None
+
+    def base(self, rows: Sequence[TokenRow], figure: str) -> RowScores:
+        """Rows under the base, from the cache where it has them.
+
+        Args:
+            rows: Tokenised rows.
+            figure: What they are scored for, for progress and messages.
+
+        Raises:
+            AdapterError: A likelihood that is NaN or infinite.
+        """
+
+        def compute() -> RowScores:
+            with self.model.disable_adapter():
+                return self._score(rows, f"{figure} of the base", figure, "base model")
+
+        return self.cache.scores(rows, compute)
+
+    def tuned(self, rows: Sequence[TokenRow], figure: str) -> RowScores:
+        """The same under the tuned model."""
+        return self._score(rows, figure, figure, "tuned model")
+
+    def _score(self, rows: Sequence[TokenRow], stage: str, figure: str, which: str) -> RowScores:
+        name, size = self.item.name, self.item.batch_size
+        watch = Watch(self.progress, f"{name}: {stage}", len(rows))
+        scores = score_rows(self.model, self.tokenizer, rows, batch_size=size, progress=watch)
+        check_finite(scores.nll_sum, figure, name, which)
         return scores
-
-    return cache.scores(rows, compute)
-
-
-def tuned_scores(
-    model: TunedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[TokenRow],
-    item: EvaluationItem,
-    figure: str,
-    *,
-    progress: Progress | None = None,
-) -> RowScores:
-    """Rows under the tuned model.
-
-    Raises:
-        AdapterError: A likelihood that is NaN or infinite.
-    """
-    watch = Watch(progress, f"{item.name}: {figure}", len(rows))
-    scores = score_rows(model, tokenizer, rows, batch_size=item.batch_size, progress=watch)
-    check_finite(scores.nll_sum, figure, item.name, "tuned model")
-    return scores
 
 
 def check_finite(by_row: NDArray[np.float64], figure: str, name: str, which: str) -> None:

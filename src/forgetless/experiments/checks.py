@@ -99,6 +99,8 @@ def check_layers(recipe: Recipe, method: AnyMethod, loaded: LoadedModel) -> None
 
 def _refuse_unsavable(loaded: LoadedModel) -> None:
     """Transformers saves no model with generation settings that it finds at odds."""
+    if loaded.model.generation_config is None:
+        return
     try:
         loaded.model.generation_config.validate(strict=True)
     except ValueError as error:

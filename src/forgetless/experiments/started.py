@@ -10,6 +10,7 @@ from forgetless.adapters.attach import attach_rows
 from forgetless.adapters.start import LayerStart
 from forgetless.calibration.calibrate import calibrate
 from forgetless.calibration.engine import SiteMoments
+from forgetless.calibration.weights import weights_that_count
 from forgetless.experiments.prepare import Prepared
 from forgetless.experiments.regularised import calibrated_for
 from forgetless.methods.base import AnyMethod, Method, Role
@@ -103,7 +104,7 @@ def _full(
             progress=lambda done, total: progress("preserve", done, total),
         )
     # What `drift` pulls to follows from the moments, and so from how their sources count.
-    weights = recipe.calibration.source_weights
-    weighed = bool(moments) and len(data.preserve) > 1 and weights != "tokens"
-    origin = f"the base, sources weighed {weights}" if weighed else "the base"
+    calibrated_on = data.preserve if moments else ()
+    weights = weights_that_count(calibrated_on, recipe.calibration.source_weights)
+    origin = "the base" if weights == "tokens" else f"the base, sources weighed {weights}"
     return Started(copied(loaded.model), method, {}, {}, moments, origin)

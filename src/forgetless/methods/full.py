@@ -35,7 +35,7 @@ class FullFineTuning(AnyMethod):
     usual_rate: ClassVar[float] = 2e-5
     usual_rate_source: ClassVar[str] = (
         "the rate usual for 7B models (Alpaca's script, and others after it); on SmolLM2-135M it "
-        "kept more for its gain than 1e-4, and gained less (docs/results.md)"
+        "forgot less than at 1e-4, and gained less (docs/results.md)"
     )
 
     @property
