@@ -307,18 +307,32 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = Path(path)
     tree = read_yaml(path)
-    for override in (None, *overrides):
-        if override is not None:
-            apply_override(tree, override)
-        if "method" in tree:  # so that `method.rank=16` has a place
-            tree["method"] = _with_options(tree["method"])
-        training = tree.get("training")
-        if isinstance(training, dict) and isinstance(training.get("regularisers"), list):
-            training["regularisers"] = [*map(_with_options, training["regularisers"])]
+    override_tree(tree, overrides)
     try:
         return validated(Recipe, tree)
     except ForgetlessError as failure:
         raise RecipeError(f"{path}: {failure}{quoting_hint(str(failure), overrides)}") from None
+
+
+def override_tree(tree: dict[str, Any], overrides: Sequence[str] = ()) -> None:
+    """Apply overrides to what a recipe's file holds, in place.
+
+    Raises:
+        RecipeError: As `apply_override` does.
+    """
+    give_options_a_place(tree)
+    for override in overrides:
+        apply_override(tree, override)
+        give_options_a_place(tree)
+
+
+def give_options_a_place(tree: dict[str, Any]) -> None:
+    """Write names as mappings, so that `method.rank=16` has a place."""
+    if "method" in tree:
+        tree["method"] = _with_options(tree["method"])
+    training = tree.get("training")
+    if isinstance(training, dict) and isinstance(training.get("regularisers"), list):
+        training["regularisers"] = [*map(_with_options, training["regularisers"])]
 
 
 def json_schema() -> dict[str, Any]:

@@ -98,11 +98,26 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
             f"override {override!r}: expected a value alone, got {comment!r}, which is a comment "
             f"in YAML{_quoted(path, text)}"
         )
+    set_value(tree, keys, value, f"override {override!r}")
+
+
+def set_value(tree: dict[str, Any], keys: Sequence[str], value: object, where: str) -> None:
+    """Set one key of the tree by its path; mappings on the way are made where there are none.
+
+    Args:
+        tree: What a recipe's file holds; changed in place.
+        keys: The path; list entries by number.
+        value: As YAML gives it.
+        where: Begins the message.
+
+    Raises:
+        RecipeError: No such place.
+    """
     node: Any = tree
     for depth, key in enumerate(keys):
         is_last = depth == len(keys) - 1
         if isinstance(node, list):
-            index = _index(node, key, keys[:depth], override)
+            index = _index(node, key, keys[:depth], where)
             if is_last:
                 node[index] = value
             else:
@@ -118,7 +133,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
                 node = node[key]
         else:
             raise RecipeError(
-                f"override {override!r}: expected a mapping or a list at {key_path(*keys[:depth])}"
+                f"{where}: expected a mapping or a list at {key_path(*keys[:depth])}"
                 f", got {shortened(node)}; override that key as a whole"
             )
 
@@ -156,12 +171,12 @@ def _value(text: str) -> object:
     return yaml.load(text, Loader=_Loader)
 
 
-def _index(node: list[Any], key: str, parents: Sequence[str], override: str) -> int:
+def _index(node: list[Any], key: str, parents: Sequence[str], where: str) -> int:
     if not key.isdecimal() or int(key) >= len(node):
         last = len(node) - 1
         numbers = f"a number from 0 to {last}" if last > 0 else "0, its only entry," if node else ""
         raise RecipeError(
-            f"override {override!r}: expected {numbers or 'no number, as it is empty,'} behind "
+            f"{where}: expected {numbers or 'no number, as it is empty,'} behind "
             f"{key_path(*parents)}, which is a list, got {key!r}"
         )
     return int(key)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -17,6 +18,7 @@ from forgetless.data.rows import RowSet
 from forgetless.data.spec import SourceWeights
 from forgetless.data.tokens import Batch, TokenRow, make_batches, pad_token_id, tokenize
 from forgetless.errors import ArtefactError, CalibrationError, ForgetlessWarning
+from forgetless.models.cache import made_by_one
 from forgetless.models.fingerprint import model_fingerprint
 from forgetless.models.targets import Target, base_of
 
@@ -58,19 +60,18 @@ def calibrate(
 
     for rows in row_sets:
         tokens = (tokenize_pairs if pairs else tokenize)(rows, tokenizer)
-        part = shelf.take(tokens, rows) if shelf is not None else None
-        if part is not None:
+        before = done
+        collect = partial(
+            collect_moments,
+            model,
+            targets,
+            batches(tokens, rows),
+            source=rows.spec.label,
+            progress=advance,
+        )
+        part = shelf.kept(tokens, rows, collect) if shelf is not None else collect()
+        if done == before:  # kept ones were taken
             advance(len(tokens))
-        else:
-            part = collect_moments(
-                model,
-                targets,
-                batches(tokens, rows),
-                source=rows.spec.label,
-                progress=advance,
-            )
-            if shelf is not None:
-                shelf.put(part, tokens, rows)
         sources.add(part)
     return sources.total()
 
@@ -94,28 +95,47 @@ class _Shelf:
         )
         return moments_path(self._folder, key), key
 
-    def take(self, tokens: Sequence[TokenRow], rows: RowSet) -> SiteMoments | None:
-        """Moments of these tokens, where the folder has them whole."""
-        try:
-            return load_moments(*self._place(tokens, rows))
-        except ArtefactError as error:
-            warnings.warn(
-                f"{error}; the moments are collected again and replace it",
-                ForgetlessWarning,
-                stacklevel=3,
-            )
-            return None
+    def kept(
+        self, tokens: Sequence[TokenRow], rows: RowSet, collect: Callable[[], SiteMoments]
+    ) -> SiteMoments:
+        """Moments of these tokens: from the folder, or collected and kept for the next time.
 
-    def put(self, found: SiteMoments, tokens: Sequence[TokenRow], rows: RowSet) -> None:
-        """Keep moments for the next time."""
-        try:
-            save_moments(found, *self._place(tokens, rows))
-        except ArtefactError as error:
-            warnings.warn(
-                f"{error}; this run goes on, the next one collects them again",
-                ForgetlessWarning,
-                stacklevel=3,
-            )
+        Of several processes one collects, the others wait and read.
+        """
+        path, key = self._place(tokens, rows)
+        there = path.exists()
+        found = _take(path, key)
+        if found is None:
+            with made_by_one(path):
+                if not there:
+                    found = _take(path, key)
+                if found is None:
+                    found = collect()
+                    _put(found, path, key)
+        return found
+
+
+def _take(path: Path, key: Mapping[str, str]) -> SiteMoments | None:
+    try:
+        return load_moments(path, key)
+    except ArtefactError as error:
+        warnings.warn(
+            f"{error}; the moments are collected again and replace it",
+            ForgetlessWarning,
+            stacklevel=4,
+        )
+        return None
+
+
+def _put(found: SiteMoments, path: Path, key: Mapping[str, str]) -> None:
+    try:
+        save_moments(found, path, key)
+    except ArtefactError as error:
+        warnings.warn(
+            f"{error}; this run goes on, the next one collects them again",
+            ForgetlessWarning,
+            stacklevel=4,
+        )
 
 
 def check_token_count(

@@ -24,6 +24,7 @@ from forgetless.atomic import write_atomically
 from forgetless.data.rows import Row
 from forgetless.data.tokens import pad_token_id
 from forgetless.errors import DataError, ForgetlessWarning
+from forgetless.models.cache import made_by_one
 from forgetless.models.fingerprint import model_fingerprint
 from forgetless.models.state import left_as_found
 
@@ -86,9 +87,12 @@ def sample_self(
         "batch_size": batch_size,
     }
     file = None if cache is None else cache / f"self-{_digest(settings)}.json"
+    there = file is not None and file.exists()
     texts = [] if file is None else _read(file, settings)
     if len(texts) < rows:
-        with _sampling(model) as base:
+        with made_by_one(file), _sampling(model) as base:
+            if file is not None and (texts or not there):  # another process may have sampled
+                texts = max(texts, _read(file, settings), key=len)
             while len(texts) < rows:
                 # Whole batches, each under a seed of its own: the draws depend neither on how many
                 # rows are asked for nor on how many were kept.

@@ -21,6 +21,7 @@ from forgetless.errors import ForgetlessWarning
 from forgetless.evaluation.base_states import BaseStates
 from forgetless.evaluation.generation import Generated
 from forgetless.evaluation.likelihood import RowScores
+from forgetless.models.cache import made_by_one
 
 
 class _Figures(BaseModel):
@@ -79,23 +80,22 @@ class BaseCache:
     def scores(self, rows: Sequence[TokenRow], compute: Callable[[], RowScores]) -> RowScores:
         """Likelihood figures of `rows`, from the file or from `compute`."""
         path = self._path("scores", [], [(row.input_ids, row.prompt_length) for row in rows])
-        found = _load(path, _Scores, len(rows))
-        if found is not None:
-            return RowScores(
-                np.array(found.nll_sum, np.float64),
-                np.array(found.num_tokens, np.int64),
-                np.array(found.greedy_match, bool),
-            )
-        scores = compute()
-        _store(
-            path,
-            lambda: _Scores(
+
+
+        def make() -> _Scores:
+            scores = compute()
+            return _Scores(
                 nll_sum=scores.nll_sum.tolist(),
                 num_tokens=scores.num_tokens.tolist(),
                 greedy_match=scores.greedy_match.tolist(),
-            ),
+            )
+
+        found = _kept(path, _Scores, len(rows), make)
+        return RowScores(
+            np.array(found.nll_sum, np.float64),
+            np.array(found.num_tokens, np.int64),
+            np.array(found.greedy_match, bool),
         )
-        return scores
 
     def states(self, rows: Sequence[TokenRow], batch_size: int) -> BaseStates:
         """Hidden states of `rows` in batches of that size."""
@@ -113,25 +113,21 @@ class BaseCache:
         """Greedy generations for `prompts`, from the file or from `compute`."""
         settings = [str(max_new_tokens), str(list(eos_ids))]
         path = self._path("generated", settings, [(tuple(p), len(p)) for p in prompts])
-        found = _load(path, _Generated, len(prompts))
-        if found is not None:
-            return Generated(found.texts, found.hit_limit)
-        generated = compute()
-        _store(path, lambda: _Generated(texts=generated.texts, hit_limit=generated.hit_limit))
-        return generated
+
+
+        def make() -> _Generated:
+            generated = compute()
+            return _Generated(texts=generated.texts, hit_limit=generated.hit_limit)
+
+        found = _kept(path, _Generated, len(prompts), make)
+        return Generated(found.texts, found.hit_limit)
 
     def task(
         self, settings: Sequence[str], rows: int, compute: Callable[[], TaskFigures]
     ) -> TaskFigures:
         """Figures of a task of lm-eval, whose rows are in `settings` as a hash."""
         path = self._path("task", settings, [])
-        found = _load(path, TaskFigures, rows)
-        if found is not None:
-            return found
-        figures = compute()
-        if _reads_as_written(figures):
-            _store(path, lambda: figures)
-        return figures
+        return _kept(path, TaskFigures, rows, compute, can_be_kept=_reads_as_written)
 
     def _path(
         self, kind: str, settings: Sequence[str], rows: Sequence[tuple[tuple[int, ...], int]]
@@ -142,6 +138,29 @@ class BaseCache:
         for ids, prompt_length in rows:
             state.update(f"\0{prompt_length} {','.join(map(str, ids))}".encode())
         return self._folder / f"base-{kind}-{state.hexdigest()[:24]}.json"
+
+
+def _kept(
+    path: Path | None,
+    kind: type[_Kind],
+    rows: int,
+    compute: Callable[[], _Kind],
+    *,
+    can_be_kept: Callable[[_Kind], bool] = lambda figures: True,
+) -> _Kind:
+    """From the file, or computed and stored: of several processes by one, the others wait."""
+    there = path is not None and path.exists()
+    found = _load(path, kind, rows)
+    if found is not None:
+        return found
+    with made_by_one(path):
+        if not there:
+            found = _load(path, kind, rows)
+        if found is None:
+            found = compute()
+            if can_be_kept(found):
+                _store(path, found)
+    return found
 
 
 def _load(path: Path | None, kind: type[_Kind], rows: int) -> _Kind | None:
@@ -158,7 +177,7 @@ def _load(path: Path | None, kind: type[_Kind], rows: int) -> _Kind | None:
     warnings.warn(
         f"base cache: {path} cannot be used ({problem}); the base's figures are computed again",
         ForgetlessWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
     return None
 
@@ -174,16 +193,16 @@ def _reads_as_written(figures: TaskFigures) -> bool:
         return False
 
 
-def _store(path: Path | None, figures: Callable[[], _Figures]) -> None:
+def _store(path: Path | None, figures: _Figures) -> None:
     if path is None:
         return
     try:
-        write_atomically(path, figures().model_dump_json())
+        write_atomically(path, figures.model_dump_json())
     except OSError as error:
         # The figures are at hand: a full disk must not cost the evaluation.
         warnings.warn(
             f"base cache: {path} cannot be written ({error}); "
             "the next evaluation computes the base again",
             ForgetlessWarning,
-            stacklevel=4,
+            stacklevel=5,
         )

@@ -135,8 +135,7 @@ def _base_logits(
     if kept_NH is not None:
         return StateLogits(causal, kept_NH)
     logits = PositionLogits(causal, scored.inputs, scored.predicts_BT)
-    if logits.hidden_NH is not None:
-        states.keep(number, logits.hidden_NH)
+    states.keep(number, logits.hidden_NH)
     return logits
 
 

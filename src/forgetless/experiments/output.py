@@ -205,6 +205,11 @@ def differing(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, s
     }
 
 
+def is_free(key: str) -> bool:
+    """Whether a dotted key says nothing of what is trained: only where, in which words, on what."""
+    return key in _FREE or _is_measuring(key)
+
+
 def _is_measuring(key: str) -> bool:
     return key.partition(".")[0] in _MEASURING
 

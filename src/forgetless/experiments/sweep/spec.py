@@ -1,0 +1,148 @@
+"""The YAML of a sweep: a base recipe, what varies, and how many runs go at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from forgetless.data.validation import validated
+from forgetless.errors import ForgetlessError, RecipeError
+from forgetless.recipe import override_tree
+from forgetless.recipe_yaml import apply_override, quoting_hint, read_yaml
+
+Executor = Literal["local", "ray"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RaySpec(_Part):
+    """What a run asks a Ray cluster for.
+
+    Attributes:
+        address: Of the cluster; Ray's own rule where not given: `RAY_ADDRESS`, one that runs on
+            this machine, else a new one on it.
+        gpus: GPUs a run; 1 where the cluster has any, else none.
+        cpus: Cores a run; `threads`, else 1.
+    """
+
+    address: str | None = None
+    gpus: float | None = Field(default=None, ge=0)
+    cpus: float | None = Field(default=None, gt=0)
+
+
+class SweepSpec(_Part):
+    """One sweep.
+
+    Attributes:
+        base: A recipe: a path, relative to the working directory as all paths of recipes are, or
+            its keys. Its `output` is not needed.
+        grid: Values by recipe key, `training.learning_rate: [2e-4, 1e-3]`; every combination of
+            them is a run.
+        runs: Further runs, each a small grid of its own: `{method: lora, seed: [0, 1]}`. To set
+            a key to a list, put that list into a list.
+        output: Folder of the sweep.
+        executor: What runs them: processes on this machine, or a Ray cluster.
+        processes: How many at a time; on each GPU, where there are several.
+        threads: Cores of a process; all, shared out among the processes, where not given.
+        retries: How often a run that broke down, and not by a mistake in its input, is tried again
+            in one go.
+        ray: What a run asks a Ray cluster for.
+    """
+
+    base: Path | dict[str, Any]
+    grid: dict[str, list[Any]] = {}
+    runs: list[dict[str, Any]] = []
+    output: Path
+    executor: Executor = "local"
+    processes: int = Field(default=1, ge=1)
+    threads: int | None = Field(default=None, ge=1)
+    retries: int = Field(default=1, ge=0)
+    ray: RaySpec = RaySpec()
+
+    @model_validator(mode="after")
+    def _something_to_run(self) -> SweepSpec:
+        if not self.grid and not self.runs:
+            raise RecipeError(
+                "grid, runs: expected one of them at least, got neither; for a single recipe there "
+                "is `forgetless run`"
+            )
+        for key, values in self.grid.items():
+            if not values:
+                raise RecipeError(f"grid.{key}: expected a list of values, got an empty one")
+        return self
+
+    def base_tree(self) -> dict[str, Any]:
+        """The base recipe's keys; none of them is checked yet.
+
+        Raises:
+            RecipeError: The file cannot be read.
+        """
+        return dict(self.base) if isinstance(self.base, dict) else read_yaml(self.base)
+
+
+def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepSpec:
+    """Read a sweep and apply overrides, which leaves the base as keys.
+
+    Args:
+        path: A YAML file.
+        overrides: `key=value` as for a recipe, of the base's keys, and of the sweep's own:
+            `processes=2`, `grid.seed=[0, 1]`. `output` is the sweep's.
+
+    Raises:
+        RecipeError: The file, an override or a key of the sweep is wrong. Recipes are checked where
+            the sweep is planned.
+    """
+    path = Path(path)
+    tree = read_yaml(path)
+    own = [text for text in overrides if _key(text).split(".")[0] in SweepSpec.model_fields]
+    for text in own:
+        _apply(tree, text)
+    try:
+        spec = validated(SweepSpec, tree)
+        _refuse_varied(spec, [text for text in overrides if text not in own])
+        base = spec.base_tree()
+    except ForgetlessError as failure:
+        raise RecipeError(f"{path}: {failure}{quoting_hint(str(failure), own)}") from None
+    override_tree(base, [text for text in overrides if text not in own])
+    return spec.model_copy(update={"base": base})
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].strip()
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    """As `apply_override`; behind `grid.` stands one recipe key, dots and all."""
+    key = _key(override)
+    if not key.startswith("grid."):
+        apply_override(tree, override)
+        return
+    varied: dict[str, Any] = {}
+    apply_override(varied, f"value={override.partition('=')[2]}")
+    grid = tree.setdefault("grid", {})
+    if isinstance(grid, dict):
+        grid[key.removeprefix("grid.")] = varied["value"]
+
+
+def _refuse_varied(spec: SweepSpec, overrides: Sequence[str]) -> None:
+    """Refuse to change what the sweep sets anyway: the change would be lost without a word."""
+    for override in overrides:
+        key = _key(override)
+        for varied in [*spec.grid, *(key for entry in spec.runs for key in entry)]:
+            if varied == key or key.startswith(f"{varied}."):
+                raise RecipeError(
+                    f"override {override!r}: expected a key that the sweep does not set itself, got "
+                    f"{key}, which it sets by {varied}; change it there, or give grid.{varied}=[…]"
+                )
+
+
+def sweep_schema() -> dict[str, Any]:
+    """JSON schema of a sweep, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | (
+        SweepSpec.model_json_schema()
+    )
