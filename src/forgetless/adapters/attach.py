@@ -101,7 +101,7 @@ def attach(
             every source once, however long it is.
         batch_size: Rows in a calibration forward pass; the result does not depend on it.
         min_tokens: Fewest preserve tokens to accept, in place of the widest site's width.
-        cache: Folder to keep second moments and `self` samples in; none by default.
+        cache: Folder to keep second moments, solved starts and `self` samples in; none by default.
         adapter: Name of the adapter in PEFT.
         seed: Seed of random starts.
 
@@ -222,7 +222,7 @@ def attach_rows(
         init = LIVE_BOTH if method.form == "both" else True
         peft_model.peft_config[adapter].init_lora_weights = init
         starts = start_layers(
-            peft_model, method, selection.targets, moments, gradients or {}, adapter, seed
+            peft_model, method, selection.targets, moments, gradients or {}, adapter, seed, cache
         )
         undo.pop_all()
     calibrated_on = [row_sets.get(role, ()) for role in moments]

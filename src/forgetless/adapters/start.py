@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from peft import PeftModel
@@ -11,12 +12,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from forgetless.adapters.forms import FORMS, adapted_layers
+from forgetless.adapters.start_store import StoredStarts
 from forgetless.calibration.engine import SiteMoments
 from forgetless.calibration.gradients import collect_gradients
 from forgetless.data.rows import RowSet
 from forgetless.data.tokens import make_batches, pad_token_id, tokenize
 from forgetless.errors import AdapterError, MethodError
-from forgetless.methods.base import LayerWeights, Method, Role, SiteStatistics
+from forgetless.methods.base import AdapterInit, LayerWeights, Method, Role, SiteStatistics
 from forgetless.models.targets import Target
 
 
@@ -37,8 +39,12 @@ def start_layers(
     gradients: Mapping[str, Tensor],
     adapter: str,
     seed: int,
+    cache: Path | None = None,
 ) -> dict[str, LayerStart]:
     """Solve layer by layer and fill the adapter's tensors, each layer with a seed of its own.
+
+    With a `cache` what was solved from the same base, data and options before is taken from there;
+    what a method only draws is not kept.
 
     Raises:
         AdapterError: PEFT has adapted other layers than the targets; a layer's weights are not
@@ -49,20 +55,34 @@ def start_layers(
     if set(layers) != set(targets):
         odd = sorted(set(layers) ^ set(targets))[0]
         raise AdapterError(f"adapter: PEFT and the target list disagree about layer {odd}")
+    solved = _solved(method, targets, moments, gradients, seed)
+    if cache is not None and not method.draws:
+        stored = StoredStarts(cache, model, method, targets, moments, gradients)
+        solved = iter(stored.kept(lambda: dict(solved)).items())
     form = FORMS[method.form]
     starts = {}
+    for name, init in solved:
+        form.start(layers[name], adapter, init)
+        site = next((found.site_of[name] for found in moments.values()), name)
+        starts[name] = LayerStart(site, method.rank, dict(init.diagnostics))
+    return starts
+
+
+def _solved(
+    method: Method,
+    targets: Mapping[str, Target],
+    moments: Mapping[Role, SiteMoments],
+    gradients: Mapping[str, Tensor],
+    seed: int,
+) -> Iterator[tuple[str, AdapterInit]]:
+    """Layer by layer, so that no two need to be held at a time."""
     for position, (name, target) in enumerate(targets.items()):
         stats = SiteStatistics(
             **{role: found.of(name) for role, found in moments.items()},
             gradient_OD=gradients.get(name),
         )
         generator = torch.Generator().manual_seed((seed * 1_000_003 + position) % 2**63)
-        weights = _where_it_can_be_solved(name, target)
-        init = method.init(weights, stats, generator)
-        form.start(layers[name], adapter, init)
-        site = next((found.site_of[name] for found in moments.values()), name)
-        starts[name] = LayerStart(site, method.rank, dict(init.diagnostics))
-    return starts
+        yield name, method.init(_where_it_can_be_solved(name, target), stats, generator)
 
 
 def _where_it_can_be_solved(name: str, target: Target) -> LayerWeights:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import forgetless
-from forgetless.cli import guides, verbs
+from forgetless.cli import guides, sweeping, verbs
 from forgetless.cli.output import print_text
 from forgetless.errors import ForgetlessError
 
@@ -102,6 +102,18 @@ _add(
     "forgetless evaluate recipe.yaml --adapter somebodys-lora",
     "forgetless evaluate recipe.yaml --tuned somebodys-model",
     "forgetless evaluate recipe.yaml 'evaluation.scales=[0.3, 0.7]'",
+)
+_add(
+    sweeping.sweep,
+    "Many runs of one recipe: a grid over any of its keys.",
+    "forgetless sweep sweep.yaml --dry-run",
+    "forgetless sweep sweep.yaml",
+    "forgetless sweep sweep.yaml --processes 2 'grid.seed=[0, 1, 2]'",
+    "forgetless sweep sweep.yaml --executor ray",
+    "and the file, in full in docs/sweep.md:",
+    "base: recipe.yaml",
+    "grid: {method: [lora, lora-null], training.learning_rate: [2e-4, 1e-3]}",
+    "output: sweeps/first",
 )
 _add(
     verbs.report,

@@ -172,6 +172,7 @@ class Method(AnyMethod):
         rslora: Scale by alpha / √rank in its place (rsLoRA, arXiv:2312.03732), so that a rate that
             suits one rank suits another.
         usual_form: `form`, where no option changes it.
+        draws: Whether it starts from random numbers. What does not is the same for every seed.
     """
 
     rank: int = 32
@@ -179,6 +180,7 @@ class Method(AnyMethod):
     rslora: bool = False
 
     usual_form: ClassVar[Trains]
+    draws: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the options that all methods share."""
@@ -208,7 +210,7 @@ class Method(AnyMethod):
         Args:
             layer: Weight and bias of the base.
             stats: Moments of the roles in `needs`.
-            generator: Seeded for this layer; the only source of randomness.
+            generator: Seeded for this layer; the only source of randomness, for what `draws`.
         """
 
     def check_layer(self, layer: str, in_features: int, out_features: int) -> None:

@@ -44,6 +44,7 @@ class LoRA(Method):
     bibtex: ClassVar[tuple[str, ...]] = (_BIBTEX,)
     promise: ClassVar[str] = "none on preserve data; the baseline"
     usual_form: ClassVar[Trains] = "plain"
+    draws: ClassVar[bool] = True
     usual_rate_source: ClassVar[str] = (
         "QLoRA, arXiv:2305.14314, Table 9 (7B and 13B); tune it: results differ most by rate"
     )

@@ -66,6 +66,9 @@ class SweepProgress:
     def note(self, text: str) -> None:
         """Pass on a line that a user wants to know."""
 
+    def command(self, line: str) -> None:
+        """Pass on a command for a shell, to be shown so that it can be pasted as it stands."""
+
 
 def look_at(plan: Plan, finished: FinishedRuns | None = None) -> SweepStatus:
     """Where a sweep is, by what lies in its folder; nothing is started."""
@@ -87,6 +90,7 @@ def sweep(
     spec: SweepSpec,
     *,
     progress: SweepProgress | None = None,
+    resume: str | None = None,
     allow_task_code: bool = False,
 ) -> SweepStatus:
     """Do all runs that are not done yet; each is an ordinary run folder in `output/runs`.
@@ -97,6 +101,7 @@ def sweep(
     Args:
         spec: From `load_sweep`.
         progress: Hears of it; silent by default.
+        resume: Command that does the same again, told to the user on Ctrl-C.
         allow_task_code: Whether folders of lm-eval tasks may run Python.
 
     Returns:
@@ -109,9 +114,19 @@ def sweep(
     """
     plan = plan_sweep(spec, allow_task_code=allow_task_code)
     plan.folder.claim(resolved(plan))
-    drive = _Drive(plan, progress or SweepProgress(), allow_task_code=allow_task_code)
+    heard = progress or SweepProgress()
+    drive = _Drive(plan, heard, allow_task_code=allow_task_code)
     try:
         return drive.go()
+    except KeyboardInterrupt:
+        done = drive.status.count()["done"]
+        heard.note(
+            f"stopped; {done} of {len(plan.runs)} runs are done, and what the others have saved is "
+            f"kept. Go on with {'this command:' if resume else 'the same command'}"
+        )
+        if resume:
+            heard.command(resume)
+        raise
     finally:
         drive.executor.stop()
 
@@ -222,7 +237,10 @@ def _executor(plan: Plan) -> Executor:
         return RayCluster(spec)
     on_any = all(run.recipe.device == "auto" for run in plan.runs)
     return LocalProcesses(
-        spec.processes, gpus=visible_gpus() if on_any else (), threads=spec.threads
+        plan.folder.work / "server.log",
+        spec.processes,
+        gpus=visible_gpus() if on_any else (),
+        threads=spec.threads,
     )
 
 

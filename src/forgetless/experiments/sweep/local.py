@@ -10,13 +10,20 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from forgetless.errors import ForgetlessError
 from forgetless.experiments.sweep.executors import Ended
 from forgetless.experiments.sweep.server import TAKEN
 from forgetless.experiments.sweep.work import Job
 
-_MODULE = "forgetless.experiments.sweep.server"
+# Ctrl-C in a terminal reaches every process: what it means is the sweep's to say, from the first.
+_COMMAND = """\
+import signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+from forgetless.experiments.sweep.server import main
+main()
+"""
 _GPUS = "CUDA_VISIBLE_DEVICES"
 
 
@@ -26,15 +33,19 @@ class LocalProcesses:
     All stay in the process group of the sweep, so that what kills the group kills them.
     """
 
-    def __init__(self, processes: int, *, gpus: Sequence[str] = (), threads: int | None) -> None:
+    def __init__(
+        self, log: Path, processes: int, *, gpus: Sequence[str] = (), threads: int | None
+    ) -> None:
         """Take what there is.
 
         Args:
+            log: File for what the server's libraries say while they load.
             processes: At a time, on each GPU where there are several.
             gpus: To share the runs out to, as CUDA_VISIBLE_DEVICES names them. Fewer than two: runs
                 see what this process sees.
             threads: Cores of a process; all, shared out, where not given.
         """
+        self._log = log
         self._gpus = tuple(gpus) if len(gpus) > 1 else ()
         self.slots = processes * max(len(self._gpus), 1)
         self._threads = threads or max((os.cpu_count() or 1) // self.slots, 1)
@@ -91,14 +102,7 @@ class LocalProcesses:
                     f"sweep: expected a system that can fork processes, got {sys.platform}; use "
                     "executor: ray, or run the recipes one by one"
                 )
-            command = [sys.executable, "-m", _MODULE]
-            # Idle threads sleep: spinning ones of several processes starve each other.
-            environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
-            path = [entry for entry in sys.path if entry]
-            environment["PYTHONPATH"] = os.pathsep.join(path)
-            self._server = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
-            )
+            self._server = start_server(self._log)
         return self._server
 
     def _of(self, name: str, status: str) -> Ended:
@@ -112,10 +116,26 @@ class LocalProcesses:
         return Ended(name, f"its process ended with status {code}")
 
     def _all_lost(self) -> list[Ended]:
-        lost = [Ended(name, "the process that starts runs has ended") for name in self._on]
+        how = f"the process that starts runs has ended (see {self._log})"
+        lost = [Ended(name, how) for name in self._on]
         self._on.clear()
         self.stop()
         return lost
+
+
+def start_server(log: Path) -> subprocess.Popen[bytes]:
+    """The process that starts runs: it reads jobs, and tells of those that have ended."""
+    # Idle threads sleep: spinning ones of several processes starve each other.
+    environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
+    environment["PYTHONPATH"] = os.pathsep.join(entry for entry in sys.path if entry)
+    with log.open("ab") as errors:
+        return subprocess.Popen(
+            [sys.executable, "-c", _COMMAND],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=environment,
+        )
 
 
 def _why(code: int) -> str:

@@ -1,4 +1,4 @@
-"""Starts runs for a sweep, each in a process of its own: `python -m forgetless.experiments.sweep.server`.
+"""Starts runs for a sweep, each in a process of its own.
 
 Reads a job a line from standard input, writes `NAME STATUS` a line for each process that has ended
 to standard output. It has done the slow imports, and nothing else, before it forks: a run begins at
@@ -23,7 +23,6 @@ def main() -> None:
     """Serve until standard input ends."""
     import forgetless.experiments.run  # noqa: F401 - the slow imports
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the sweep says what happens
     running: dict[int, str] = {}
     pending = b""
     try:
@@ -69,7 +68,3 @@ def _tell_ended(running: dict[int, str]) -> None:
             return
         if pid in running:
             os.write(1, f"{running.pop(pid)} {os.waitstatus_to_exitcode(status)}\n".encode())
-
-
-if __name__ == "__main__":
-    main()
