@@ -23,7 +23,8 @@ def sweep(
         bool, typer.Option("--dry-run", help="Show the plan and its cost; run nothing.")
     ] = False,
     executor: Annotated[
-        str | None, typer.Option(metavar="local|ray", help="What runs them, in place of the file's.")
+        str | None,
+        typer.Option(metavar="local|ray", help="What runs them, in place of the file's."),
     ] = None,
     processes: Annotated[
         int | None, typer.Option(help="How many at a time, on each GPU, in place of the file's.")

@@ -81,7 +81,6 @@ class BaseCache:
         """Likelihood figures of `rows`, from the file or from `compute`."""
         path = self._path("scores", [], [(row.input_ids, row.prompt_length) for row in rows])
 
-
         def make() -> _Scores:
             scores = compute()
             return _Scores(
@@ -113,7 +112,6 @@ class BaseCache:
         """Greedy generations for `prompts`, from the file or from `compute`."""
         settings = [str(max_new_tokens), str(list(eos_ids))]
         path = self._path("generated", settings, [(tuple(p), len(p)) for p in prompts])
-
 
         def make() -> _Generated:
             generated = compute()

@@ -29,9 +29,9 @@ LARGEST = 2**28  # bytes of one file; larger sets are computed each time
 class BaseStates:
     """Hidden states of one set of rows, batch by batch: read where they are kept, else gathered.
 
-    A context manager: what was gathered is written where the block ends without an error. Of several
-    processes one gathers; the others wait for it, and read. What goes wrong with the file costs time
-    only.
+    A context manager: what was gathered is written where the block ends without an error. Of
+    several processes one gathers; the others wait for it, and read. What goes wrong with the file
+    costs time only.
     """
 
     def __init__(self, path: Path | None) -> None:

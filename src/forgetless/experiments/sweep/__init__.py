@@ -1,8 +1,8 @@
 """Sweeps: many runs of one base recipe, side by side, each done once.
 
-    from forgetless.experiments.sweep import load_sweep, sweep
+from forgetless.experiments.sweep import load_sweep, sweep
 
-    status = sweep(load_sweep("sweep.yaml"))
+status = sweep(load_sweep("sweep.yaml"))
 """
 
 from __future__ import annotations

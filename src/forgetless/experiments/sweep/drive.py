@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-
 from forgetless.experiments.output import plain_recipe
 from forgetless.experiments.record import Record
 from forgetless.experiments.sweep.executors import Ended, Executor
@@ -207,7 +206,10 @@ class _Drive:
             "can_be_retried": True,
         }
         one.error = str(failure.get("error", ""))
-        if failure.get("can_be_retried") and self.tries[ended.name] <= self.status.plan.spec.retries:
+        if (
+            failure.get("can_be_retried")
+            and self.tries[ended.name] <= self.status.plan.spec.retries
+        ):
             self.heard.note(f"{one.run.label}: {one.error}; it is tried again")
             one.state = "waiting"
         else:

@@ -14,8 +14,8 @@ class Ended:
 
     Attributes:
         name: Of the run.
-        how: `done`, `failed` (the reason is in its files), `taken` (another sweep is at it), or what
-            befell the process, in words.
+        how: `done`, `failed` (the reason is in its files), `taken` (another sweep is at it), or
+            what befell the process, in words.
     """
 
     name: str

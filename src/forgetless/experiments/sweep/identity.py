@@ -62,9 +62,7 @@ def _sparse(options: Mapping[str, Any], kinds: Mapping[str, type[Named]]) -> dic
 
 
 def _named(options: Mapping[str, Any]) -> str:
-    return "-".join(
-        [str(options["name"]), *(f"{k}{v}" for k, v in options.items() if k != "name")]
-    )
+    return "-".join([str(options["name"]), *(f"{k}{v}" for k, v in options.items() if k != "name")])
 
 
 def _without_free(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

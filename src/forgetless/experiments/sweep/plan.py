@@ -91,13 +91,13 @@ def _planned(cell: Cell, base: dict[str, Any], folder: SweepFolder) -> PlannedRu
     tree = cell.tree(base)
     for key in ("output", "claims"):
         if key in cell.values:
-            raise RecipeError(f"{key}: expected no such key in a sweep; it names its folders itself")
+            raise RecipeError(
+                f"{key}: expected no such key in a sweep; it names its folders itself"
+            )
     recipe = sparse(validated(Recipe, {**tree, "output": folder.path}))
     files = RunFiles(folder, folder.name_of(run_name(recipe)))
     label = recipe.label if "label" in cell.values else cell.label(_base_label(recipe))
-    return PlannedRun(
-        recipe.model_copy(update={"output": files.run, "label": label}), cell, files
-    )
+    return PlannedRun(recipe.model_copy(update={"output": files.run, "label": label}), cell, files)
 
 
 def _base_label(recipe: Recipe) -> str:
@@ -124,5 +124,3 @@ def _check_data(recipes: Sequence[Recipe], *, allow_task_code: bool) -> None:
             seen.add(described)
             check_before_loading(recipe)
             check_tasks(recipe, allow_task_code=allow_task_code)
-
-

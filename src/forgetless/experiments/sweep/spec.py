@@ -136,8 +136,9 @@ def _refuse_varied(spec: SweepSpec, overrides: Sequence[str]) -> None:
         for varied in [*spec.grid, *(key for entry in spec.runs for key in entry)]:
             if varied == key or key.startswith(f"{varied}."):
                 raise RecipeError(
-                    f"override {override!r}: expected a key that the sweep does not set itself, got "
-                    f"{key}, which it sets by {varied}; change it there, or give grid.{varied}=[…]"
+                    f"override {override!r}: expected a key that the sweep does not set itself, "
+                    f"got {key}, which it sets by {varied}; change it there, or give "
+                    f"grid.{varied}=[…]"
                 )
 
 

@@ -89,7 +89,7 @@ def work(job: Job) -> Outcome:
                 heard.write(f"failed: {error}")
                 files.fail(str(error), can_be_retried=False)
                 return "failed"
-            except Exception as error:  # noqa: BLE001 - other runs go on; the log has all of it
+            except Exception as error:
                 traceback.print_exc(file=log)
                 said = (str(error).splitlines() or [""])[0]
                 files.fail(f"{type(error).__name__}: {said}", can_be_retried=True)
