@@ -96,12 +96,14 @@ def _planned(cell: Cell, base: dict[str, Any], folder: SweepFolder) -> PlannedRu
             )
     recipe = sparse(validated(Recipe, {**tree, "output": folder.path}))
     files = RunFiles(folder, folder.name_of(run_name(recipe)))
-    label = recipe.label if "label" in cell.values else cell.label(_base_label(recipe))
+    label = recipe.label if "label" in cell.values else cell.label(_base_label(recipe, cell))
     return PlannedRun(recipe.model_copy(update={"output": files.run, "label": label}), cell, files)
 
 
-def _base_label(recipe: Recipe) -> str:
-    return recipe.label or label_of(recipe.model_copy(update={"label": None}))
+def _base_label(recipe: Recipe, cell: Cell) -> str:
+    """The base's own label, else its method with the regularisers that the cell does not set."""
+    sets = "training.regularisers" in cell.values
+    return recipe.label or (str(recipe.method["name"]) if sets else label_of(recipe))
 
 
 def _refuse_other_measures(first: PlannedRun, other: PlannedRun) -> None:
