@@ -134,7 +134,9 @@ def attempt(order: dict) -> int:
     if order.get("crash"):
         crash_while(Path(order["crash"]))
     try:
-        sweep(SweepSpec.model_validate(order["sweep"]), progress=Loud(), resume="forgetless sweep x")
+        sweep(
+            SweepSpec.model_validate(order["sweep"]), progress=Loud(), resume="forgetless sweep x"
+        )
     except KeyboardInterrupt:
         return 130
     return 0

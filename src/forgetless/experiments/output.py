@@ -197,7 +197,7 @@ def plain_recipe(recipe: Recipe) -> dict[str, Any]:
 
 def differing(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, str]:
     """Keys in which two resolved recipes differ so that a figure does, each in words."""
-    there, here = _flat(theirs), _flat(ours)
+    there, here = leaves(theirs), leaves(ours)
     return {
         key: f"{key} ({_shown(there, key)} there, {_shown(here, key)} here)"
         for key in dict.fromkeys([*here, *there])
@@ -220,7 +220,7 @@ def _names(path: Path) -> set[str]:
     return {entry.name for entry in entries if entry.suffix != ".tmp"}
 
 
-def _flat(value: object, prefix: str = "") -> dict[str, object]:
+def leaves(value: object, prefix: str = "") -> dict[str, object]:
     """Leaves by dotted key; lists by number, so that the one differing entry can be named."""
     if isinstance(value, dict):
         pairs = [(str(key), entry) for key, entry in value.items()]
@@ -230,10 +230,10 @@ def _flat(value: object, prefix: str = "") -> dict[str, object]:
         return {prefix: value}
     if prefix in _FREE:
         return {}
-    leaves: dict[str, object] = {}
+    found: dict[str, object] = {}
     for key, entry in pairs:
-        leaves |= _flat(entry, f"{prefix}.{key}" if prefix else key)
-    return leaves
+        found |= leaves(entry, f"{prefix}.{key}" if prefix else key)
+    return found
 
 
 def _shown(flat: Mapping[str, object], key: str) -> str:
