@@ -186,7 +186,7 @@ def test_arms_differ_in_all_but_rate_and_seed():
     decayed = [world.one(key, 1e-3, seed, **arms[key]) for seed, key in enumerate("bc")]
     assert len(arms_of(decayed)) == 1  # two ways to say the same
     with pytest.raises(
-        ArtefactError, match="one record of lora at rate 0.001 with seed 0, got two"
+        ArtefactError, match=r"one record of lora at rate 0\.001 with seed 0, got two"
     ):
         arms_of([records[0], records[0]])
 

@@ -36,7 +36,7 @@ def test_the_front_is_what_no_other_point_dominates(points):
 @given(POINTS)
 def test_the_hypervolume_is_the_area_of_the_cells_that_a_point_dominates(points):
     cells = [(x, y) for x in range(6) for y in range(6)]  # unit cells of a 6 × 6 rectangle
-    covered = sum(any(g > y and l <= x for g, l in points) for x, y in cells)
+    covered = sum(any(gain > y and loss <= x for gain, loss in points) for x, y in cells)
     assert hypervolume(*columns(points), 6.0, 6.0)[0] == pytest.approx(covered / 36)
 
 

@@ -69,8 +69,8 @@ class Record(_Part):
     """One run. Figures are in `evaluation`; `scaled` holds the same adapter with ΔW scaled down.
 
     `phases` holds seconds by phase, `processor` those of processor time over all threads, `memory`
-    the peak of the process and of its GPU in bytes (of the last attempt, where a run was resumed). `files`
-    holds a hash of every data file and `model_files` a stamp of every file of a local
+    the peak of the process and of its GPU in bytes (of the last attempt of a run that was resumed).
+    `files` holds a hash of every data file and `model_files` a stamp of every file of a local
     model, so that a later run sees that one has changed.
     """
 

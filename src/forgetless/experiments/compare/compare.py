@@ -34,7 +34,7 @@ from forgetless.experiments.compare.results import (
     OnFront,
     Point,
 )
-from forgetless.experiments.compare.sampling import RESAMPLES, Figure, Sampler, combine
+from forgetless.experiments.compare.sampling import RESAMPLES, Sampler, combine
 from forgetless.experiments.compare.words import notes_of, title_of, words_of
 from forgetless.experiments.numbers import join_words
 from forgetless.experiments.record import Record

@@ -23,15 +23,16 @@ def fronts_of(
 ) -> tuple[dict[str, OnFront], float] | None:
     """The front of the chosen cells in one plane, by arm, and the hypervolume of all arms.
 
-    A KL is taken by its root, as charts draw it: its square would let the rectangle's corner decide.
+    A KL is taken by its root, as charts draw it: by itself it would let the largest losses decide.
 
     Returns:
         None where fewer than two arms were measured, or nothing was gained.
     """
     found = [
-        (arm, cell, g, l)
+        (arm, cell, gained, lost)
         for arm, cell in chosen
-        if (g := figures.of(cell, gain)) is not None and (l := figures.of(cell, loss)) is not None
+        if (gained := figures.of(cell, gain)) is not None
+        and (lost := figures.of(cell, loss)) is not None
     ]
     if len(found) < 2:
         return None
@@ -78,7 +79,7 @@ def _points(figures: Figures, arm: Arm, gain: Axis, loss: Axis) -> list[tuple[Fi
     found = []
     for cell in arm.cells:
         for scale in scales_of(cell):
-            g, l = figures.of(cell, gain, scale), figures.of(cell, loss, scale)
-            if g is not None and l is not None:
-                found.append((g, l))
+            gained, lost = figures.of(cell, gain, scale), figures.of(cell, loss, scale)
+            if gained is not None and lost is not None:
+                found.append((gained, lost))
     return found

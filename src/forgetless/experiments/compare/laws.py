@@ -36,7 +36,7 @@ def law_of(
                 points.append((arm.name, size, lost))
     if len(points) < FEWEST_POINTS:
         return None
-    x_P, y_P = (np.log([getattr(p[i], "estimate") for p in points]) for i in (1, 2))
+    x_P, y_P = (np.log([p[i].estimate for p in points]) for i in (1, 2))
     if np.ptp(x_P) == 0:
         return None
     slope, r_squared, scatter = explained(x_P, y_P)
@@ -68,7 +68,7 @@ def _residual(
     if not np.isfinite(figure.estimate):
         return None
     ends = figure.interval()
-    x_P, y_P = (np.log([getattr(p[i], "estimate") for p in points]) for i in (1, 2))
+    x_P, y_P = (np.log([p[i].estimate for p in points]) for i in (1, 2))
     scatter = explained(x_P[~own_P], y_P[~own_P])[2]
     beats = ends is not None and ends[1] < 0 and figure.estimate < -2 * scatter
     return LawResidual(

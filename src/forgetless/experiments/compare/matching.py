@@ -49,7 +49,10 @@ def envelope(
     paths: Sequence[tuple[Array, Array]], target_K: Array, *, is_divergence: bool
 ) -> Array:
     """The least loss at a gain over several paths (gains, losses); NaN where none reaches it."""
-    found = [loss_at(g, l, target_K, is_divergence=is_divergence) for g, l in paths]
+    found = [
+        loss_at(gains_PK, losses_PK, target_K, is_divergence=is_divergence)
+        for gains_PK, losses_PK in paths
+    ]
     stacked = np.stack([np.where(np.isnan(one), np.inf, one) for one in found])
     least_K = stacked.min(0)
     return np.where(np.isinf(least_K), np.nan, least_K)

@@ -95,8 +95,8 @@ def combine(function: Callable[..., Array], *figures: Figure) -> Figure:
         of("rows"),
         of("seeds"),
         of("both"),
-        # What does not depend on rows adds no noise of theirs; what is known of one seed only leaves
-        # the noise of seeds unknown.
+        # What does not depend on rows adds no noise of theirs; what is known of one seed leaves the
+        # noise of seeds unknown.
         num_rows=min((figure.num_rows for figure in figures if figure.num_rows > 1), default=1),
         num_seeds=min(figure.num_seeds for figure in figures),
     )

@@ -42,7 +42,7 @@ def title_of(arms: Sequence[ArmResult]) -> str:
         tail = f"; plain LoRA kept more than {_names(lost)}" if lost else ""
         return f"{_names(won)} kept more than plain LoRA at the same gain{tail}"
     if partly:
-        return f"{_names(partly)} kept more than plain LoRA at the same gain on a part of what was to be kept"
+        return f"{_names(partly)} kept more than plain LoRA at the same gain, on a part of the data"
     if lost:
         return f"Plain LoRA wins: no method kept more at the same gain, and {_names(lost)} less"
     return "No method can be told from plain LoRA at the same gain"
@@ -80,8 +80,8 @@ def notes_of(arms: Sequence[ArmResult], level: float) -> list[str]:
         notes.append(
             "At the same gain: plain LoRA with the rate, the weight decay or the factor on ΔW that "
             "gains as much, whichever loses least; interpolated between measured points. Verdicts "
-            f"hold by intervals at {100 * level:.4g} %, so that 95 % holds for all of them together; "
-            "intervals shown are at 95 % each."
+            f"are by intervals at {100 * level:.4g} %, so that 95 % holds for all of them; intervals "
+            "shown are at 95 % each."
         )
     if any(arm.is_lora for arm in arms) and not any(arm.decay for arm in arms):
         notes.append(
@@ -159,8 +159,8 @@ def _bands(arms: Sequence[ArmResult]) -> list[str]:
         else:
             parts.append(f"{arm.name} {arm.band.low:g} to {arm.band.high:g}")
     return [
-        f"Rates that keep {100 * MOST_OF_THE_GAIN:.0f} % of the gain and lose no more than plain LoRA "
-        f"at its own: {'; '.join(parts)}."
+        f"Rates that keep {100 * MOST_OF_THE_GAIN:.0f} % of the gain and lose no more than plain "
+        f"LoRA at its own: {'; '.join(parts)}."
     ]
 
 
