@@ -130,7 +130,7 @@ def test_without_validation_rows_nothing_is_chosen_and_it_is_said():
     records = World(validated=False).records(LORA | {"pissa": {"method": "pissa"}})
     found = compare(records, resamples=FEW)
     assert all(arm.chosen_rate is None and not arm.matched for arm in found.arms)
-    assert any("set training.validation_rows" in note for note in found.notes)
+    assert any("(training.validation_rows)" in note for note in found.notes)
     assert len(found.points) == 4 * 4 + 4  # every rate; plain LoRA also at three scales
 
 

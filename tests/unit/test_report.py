@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from compare_records import World
 from report_records import around, item, kl, metric, movement, nll, realistic_records, record
 
 from forgetless.errors import ArtefactError
@@ -315,19 +316,98 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
     CHROMIUM is None, reason="no chromium here: the page is not opened in a browser"
 )
 @pytest.mark.parametrize("hostile", [False, True])
-def test_browser_opens_the_page_without_a_complaint(tmp_path, hostile):
-    records = hostile_records() if hostile else realistic_records()
+@pytest.mark.parametrize("compared", [False, True])
+def test_browser_opens_the_page_without_a_complaint(tmp_path, hostile, compared):
+    if compared:
+        records = compared_records(hostile)
+    else:
+        records = hostile_records() if hostile else realistic_records()
     path = write_report(records, tmp_path / "report.html")
+    shown, console = in_browser(path, tmp_path)
+    assert console == []
+    assert "<title>owned" not in shown
+    assert '<p class="small" id="files">' in shown, "the page's own script did not run"
+
+
+def in_browser(path: Path, folder: Path) -> tuple[str, list[str]]:
+    """The page as a browser has it after its scripts, and what reached the console.
+
+    A blocked load, a refused script and an exception all do.
+    """
     done = subprocess.run(
         [
             str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
             "--disable-background-networking", "--disable-component-update", "--disable-sync",
-            "--enable-logging=stderr", "--v=0", f"--user-data-dir={tmp_path / 'profile'}",
+            "--enable-logging=stderr", "--v=0", f"--user-data-dir={folder / 'profile'}",
             "--dump-dom", path.as_uri(),
         ],
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
-    # A blocked load, a refused script and an exception all reach the console.
-    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
-    assert "<title>owned" not in done.stdout
-    assert '<p class="small" id="files">' in done.stdout, "the page's own script did not run"
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+def compared_records(hostile: bool = False) -> list[Record]:
+    arms = {"lora": {"scaled": True}, "lora-null": {"method": "lora-null", "factor": 0.1}}
+    records = World().records(arms, seeds=(0, 1))
+    if not hostile:
+        return records
+    found = []
+    for one in records:
+        values = one.model_dump()
+        values["label"] = values["model"]["name"] = ATTACK
+        values["method"][ATTACK] = ATTACK
+        values["recipe"][ATTACK] = ATTACK
+        for report in (values["evaluation"], *values["scaled"]):
+            for result in report["items"]:
+                result["name"] += ATTACK
+        found.append(Record.model_validate(values))
+    return found
+
+
+def test_many_runs_are_compared_by_method_with_every_point_and_its_recipe(tmp_path):
+    found = page(compared_records(), tmp_path)
+    words = found.words()
+    assert "lora-null kept more than plain LoRA at the same gain" in words
+    assert "2 of 16 runs" in words
+    hints = [text for text in found.text["title"] if ", rate " in text]
+    # Eight rates of two methods; plain LoRA at three scales of each.
+    assert len(hints) == 8 + 4 * 3
+    assert all("method: lora" in hint and "2 seeds" in hint for hint in hints)
+    rows = json.loads(found.text["script"][0])
+    assert {row["rate"] for row in rows} == {2e-4, 5e-4, 1e-3, 2e-3}
+
+
+def test_a_comparison_escapes_what_strangers_wrote(tmp_path):
+    found = page(compared_records(hostile=True), tmp_path)
+    assert found.count("script") == 2
+    assert found.count("img") == 0
+
+
+SORTED = """
+<script>
+  const head = document.querySelectorAll("table.sortable")[0].tHead.rows[0];
+  const names = function () {
+    return Array.from(document.querySelectorAll("table.sortable")[0].tBodies[0].rows)
+      .map(function (row) { return row.cells[0].textContent.trim(); }).join(" < ");
+  };
+  head.cells[4].querySelector("button").click();
+  const up = names();
+  head.cells[4].querySelector("button").click();
+  document.title = up + " then " + names();
+</script>
+"""
+
+
+@pytest.mark.skipif(
+    CHROMIUM is None, reason="no chromium here: the page is not opened in a browser"
+)
+def test_a_click_sorts_a_table_and_another_one_turns_it(tmp_path):
+    path = write_report(compared_records(), tmp_path / "report.html")
+    text = path.read_text()
+    # The page's policy refuses scripts that are not its own: here one has to click.
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
+    path.write_text(text.replace("</body>", f"{SORTED}</body>"))
+    shown, console = in_browser(path, tmp_path)
+    assert console == []
+    # Column 4 is the KL: lora-null has the smaller one.
+    assert "<title>lora-null &lt; lora then lora &lt; lora-null</title>" in shown

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import forgetless
-from forgetless.cli import guides, sweeping, verbs
+from forgetless.cli import guides, reporting, sweeping, verbs
 from forgetless.cli.output import print_text
 from forgetless.errors import ForgetlessError
 
@@ -116,9 +116,12 @@ _add(
     "output: sweeps/first",
 )
 _add(
-    verbs.report,
-    "One HTML report of one or several runs.",
+    reporting.report,
+    "One HTML report of one or many runs; over rates and seeds, a comparison.",
     "forgetless report runs/a runs/b --output both.html",
+    "forgetless report sweeps/first --output comparison.html",
+    "forgetless report sweeps/first --table markdown > table.md",
+    "forgetless report sweeps/first --table csv > figures.csv",
 )
 _add(
     verbs.export_adapter,

@@ -1,4 +1,4 @@
-"""Verbs that work: demo, run and its parts, evaluate, report, export."""
+"""Verbs that work: demo, run and its parts, evaluate, export, push."""
 
 from __future__ import annotations
 
@@ -181,27 +181,6 @@ def evaluate(
         written = write_figures(reports, output)
         if not as_json:
             print_text(f"\nFigures: {written}")
-
-
-def report(
-    records: Annotated[list[Path], typer.Argument(help="record.json files, or run folders.")],
-    output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
-    as_json: Json = False,
-) -> None:
-    """Write one self-contained HTML report of one or several finished runs."""
-    from forgetless.experiments.record import load_record
-    from forgetless.experiments.report import check_report_file, write_report
-    from forgetless.experiments.runs import name_runs
-    from forgetless.experiments.tables import figures
-
-    check_report_file(output)
-    found = [load_record(p / "record.json" if p.is_dir() else p) for p in records]
-    written = write_report(found, output)
-    if as_json:
-        print_json({"report": str(written), "figures": figures(name_runs(found))})
-        return
-    print_summary(found)
-    print_text(f"\nReport: {written}")
 
 
 def export_adapter(

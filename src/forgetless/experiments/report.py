@@ -16,6 +16,10 @@ from forgetless.atomic import write_atomically
 from forgetless.errors import ArtefactError
 from forgetless.escaping import clean, one_line
 from forgetless.experiments.charts import loss_panel, trade_off_panels
+from forgetless.experiments.compare import Comparison, compare, flat_rows, has_several_runs
+from forgetless.experiments.compare.planes import colour_of, plane_panels
+from forgetless.experiments.compare.shown import MOST_SHOWN, recipes_of, shown_records
+from forgetless.experiments.compare.tables import grids
 from forgetless.experiments.drawing import base_key, key_sign
 from forgetless.experiments.exchanges import exchanges
 from forgetless.experiments.headline import headline, summary_lines
@@ -23,7 +27,7 @@ from forgetless.experiments.layer_charts import layer_rows
 from forgetless.experiments.markdown import markdown_table
 from forgetless.experiments.provenance import facts, making, phase_rows
 from forgetless.experiments.record import Record
-from forgetless.experiments.runs import Run, name_runs, task_lines
+from forgetless.experiments.runs import name_runs, task_lines
 from forgetless.experiments.tables import figures, movement_rows, result_tables
 
 __all__ = ["markdown_table", "summary_lines", "write_report"]
@@ -33,13 +37,21 @@ _GENERATOR = '<meta name="generator" content="forgetless">'
 _OLD_TITLE = "· forgetless</title>"
 
 
-def write_report(records: Sequence[Record], path: Path, title: str | None = None) -> Path:
+def write_report(
+    records: Sequence[Record],
+    path: Path,
+    title: str | None = None,
+    comparison: Comparison | None = None,
+) -> Path:
     """Write the report of one or several records as one HTML file.
+
+    Where methods have several rates or seeds, the report compares methods, and shows one run each.
 
     Args:
         records: In the order to show; plain LoRA among them is the baseline of all claims.
         path: File to write; its folder is made, and an older file is replaced as a whole.
         title: Stands above the computed headline; the base model's name where it is not given.
+        comparison: Of these records, where it is made already.
 
     Returns:
         `path`.
@@ -49,7 +61,9 @@ def write_report(records: Sequence[Record], path: Path, title: str | None = None
     """
     if not records:
         raise ArtefactError("report: expected at least one record, got none; name a run's folder")
-    page = _render(name_runs(records), title)
+    if comparison is None and has_several_runs(records):
+        comparison = compare(records)
+    page = _render(records, title, comparison)
     try:
         write_atomically(path, page)
     except OSError as error:
@@ -96,7 +110,8 @@ def inline_json(value: Any) -> Markup:
     return Markup(text)
 
 
-def _render(runs: Sequence[Run], title: str | None) -> str:
+def _render(records: Sequence[Record], title: str | None, comparison: Comparison | None) -> str:
+    runs = name_runs(records if comparison is None else shown_records(records))
     environment = Environment(
         loader=PackageLoader("forgetless.experiments"),
         autoescape=True,
@@ -115,6 +130,7 @@ def _render(runs: Sequence[Run], title: str | None) -> str:
     return environment.get_template("report.html.j2").render(
         title=one_line(title) if title else ", ".join(models),
         headline=headline(runs),
+        comparison=None if comparison is None else _compared(comparison, records),
         runs=runs,
         key=key_sign,
         base_key=base_key(),
@@ -129,8 +145,26 @@ def _render(runs: Sequence[Run], title: str | None) -> str:
         facts=facts(runs),
         phases=phase_rows(runs),
         makings=[making(run) for run in runs],
-        figures=inline_json(figures(runs)),
+        figures=inline_json(figures(runs) if comparison is None else flat_rows(comparison)),
         generator=Markup(_GENERATOR),
         script=Markup(script),
         script_hash=digest,
     )
+
+
+def _compared(found: Comparison, records: Sequence[Record]) -> dict[str, Any]:
+    """What the page shows of a comparison."""
+    plain_ones = [arm.is_lora for arm in found.arms]
+    return {
+        "title": found.title,
+        "words": found.words,
+        "notes": found.notes,
+        "arms": [
+            {"name": arm.name, "index": place, "colour": colour_of(plain_ones, place)}
+            for place, arm in enumerate(found.arms)
+        ],
+        "grids": grids(found),
+        "panels": plane_panels(found, recipes_of(records)),
+        "runs": len(records),
+        "most_shown": MOST_SHOWN,
+    }

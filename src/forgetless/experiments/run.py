@@ -34,6 +34,7 @@ from forgetless.experiments.report import write_report
 from forgetless.experiments.started import Started, start_run
 from forgetless.methods import make_any_method
 from forgetless.models.cache import cache_dir
+from forgetless.models.hardware import peak_memory
 from forgetless.models.load import LoadedModel
 from forgetless.recipe import Recipe
 from forgetless.training.callbacks import ReportSteps
@@ -198,6 +199,7 @@ class _Run:
             self.product.write_card(record)
             write_report([record], self.folder.report)
         record.phases, record.processor = self.clock.phases, self.clock.processor
+        record.memory = peak_memory()
         # Last of all: a record says that the run is finished.
         return save_record(record, self.folder.record)
 

@@ -18,6 +18,7 @@ _PACKAGES = (
     "tokenizers",
     "safetensors",
     "numpy",
+    "lm-eval",
     # Where a base is quantised.
     "bitsandbytes",
     "torchao",

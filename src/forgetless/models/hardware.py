@@ -69,6 +69,25 @@ def describe_hardware() -> dict[str, str]:
     return facts
 
 
+def peak_memory() -> dict[str, float]:
+    """Most bytes that this process has held so far, and, where there are any, on each GPU.
+
+    Without `process` where the operating system does not tell (Windows).
+    """
+    found = {}
+    try:
+        import resource
+    except ImportError:
+        pass
+    else:
+        unit = 1 if platform.system() == "Darwin" else 1024
+        found["process"] = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            found[f"gpu_{index}"] = float(torch.cuda.max_memory_allocated(index))
+    return found
+
+
 def _cpu_bf16() -> str | None:
     capabilities = torch.cpu.get_capabilities()
     return next((word for key, word in _CPU_BF16.items() if capabilities.get(key)), None)

@@ -87,13 +87,24 @@ def arms_of(records: Sequence[Record]) -> list[Arm]:
     """
     groups: dict[str, list[Record]] = {}
     for record in records:
-        groups.setdefault(json.dumps(_settings(record), sort_keys=True), []).append(record)
+        groups.setdefault(_key(record), []).append(record)
     names = _names([found[0] for found in groups.values()])
     arms = [
         Arm(name, tuple(_cells(name, found)), _decay_of_lora(found[0]))
         for name, found in zip(names, groups.values(), strict=True)
     ]
     return sorted(arms, key=lambda arm: not arm.is_lora)
+
+
+def has_several_runs(records: Sequence[Record]) -> bool:
+    """Whether a method stands there at several rates, or with several seeds."""
+    arms = {_key(record) for record in records}
+    runs = {(_key(r), r.training.learning_rate, r.seed) for r in records}
+    return len(arms) < len(runs)
+
+
+def _key(record: Record) -> str:
+    return json.dumps(_settings(record), sort_keys=True, default=str)
 
 
 def _cells(name: str, records: Sequence[Record]) -> list[Cell]:
@@ -114,7 +125,7 @@ def _cells(name: str, records: Sequence[Record]) -> list[Cell]:
 
 def _settings(record: Record) -> dict[str, Any]:
     """What makes an arm, by dotted key, with defaults filled in where they say the same."""
-    recipe = completed(json.loads(json.dumps(record.recipe)))
+    recipe = completed(json.loads(json.dumps(record.recipe, default=str)))
     flat = {
         key: value
         for key, value in leaves(recipe).items()

@@ -66,12 +66,6 @@ def compare(records: Sequence[Record], *, resamples: int = RESAMPLES, seed: int 
     return _Comparing(runs, Sampler(resamples, seed)).result()
 
 
-def is_worth_comparing(records: Sequence[Record]) -> bool:
-    """Whether there is more than one run a method: several rates, or seeds."""
-    arms = arms_of(records)
-    return len(arms) < len(records)
-
-
 @dataclass(frozen=True)
 class _Plane:
     """One gain, one loss, and the law of that loss."""

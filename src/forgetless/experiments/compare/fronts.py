@@ -10,7 +10,7 @@ from forgetless.experiments.compare.arms import Arm, Cell
 from forgetless.experiments.compare.axes import Axis
 from forgetless.experiments.compare.figures import Figures, as_interval, scales_of
 from forgetless.experiments.compare.front import hypervolume, on_front
-from forgetless.experiments.compare.results import OnFront
+from forgetless.experiments.compare.results import Interval, OnFront
 from forgetless.experiments.compare.sampling import Figure, combine
 
 
@@ -68,10 +68,17 @@ def fronts_of(
             metric=loss.metric,
             is_on_front=bool(front_A[place]),
             probability=float(both[place].mean()),
-            hypervolume=as_interval(own.estimate, own.interval()),
+            hypervolume=_share(own),
             alone=max(total - area(others).estimate, 0.0),
         )
     return result, total
+
+
+def _share(figure: Figure) -> Interval:
+    """An interval of what lies between 0 and 1."""
+    ends = figure.interval()
+    inside = None if ends is None else (max(ends[0], 0.0), min(ends[1], 1.0))
+    return as_interval(figure.estimate, inside)
 
 
 def _points(figures: Figures, arm: Arm, gain: Axis, loss: Axis) -> list[tuple[Figure, Figure]]:

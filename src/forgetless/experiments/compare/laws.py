@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from forgetless.experiments.compare.arms import Arm
 from forgetless.experiments.compare.axes import Axis
@@ -12,6 +14,12 @@ from forgetless.experiments.compare.figures import Figures, as_interval
 from forgetless.experiments.compare.law import FEWEST_POINTS, explained, residual
 from forgetless.experiments.compare.results import Law, LawResidual
 from forgetless.experiments.compare.sampling import Figure, combine
+
+
+class _Point(NamedTuple):
+    arm: str
+    size: Figure
+    lost: Figure
 
 
 def law_of(
@@ -28,15 +36,15 @@ def law_of(
     Returns:
         The law, and the residual of each arm with a point; None with fewer than four points.
     """
-    points: list[tuple[str, Figure, Figure]] = []
+    points: list[_Point] = []
     for arm in arms:
         for cell in arm.cells:
             lost, size = figures.of(cell, loss), figures.update_size(cell)
             if lost is not None and size is not None and lost.estimate > floor < size.estimate:
-                points.append((arm.name, size, lost))
+                points.append(_Point(arm.name, size, lost))
     if len(points) < FEWEST_POINTS:
         return None
-    x_P, y_P = (np.log([p[i].estimate for p in points]) for i in (1, 2))
+    x_P, y_P = _logarithms(points)
     if np.ptp(x_P) == 0:
         return None
     slope, r_squared, scatter = explained(x_P, y_P)
@@ -48,15 +56,13 @@ def law_of(
         scatter=scatter,
         points=len(points),
     )
-    names = list(dict.fromkeys(name for name, _, _ in points))
+    names = list(dict.fromkeys(point.arm for point in points))
     found = {name: _residual(points, name, loss, floor) for name in names}
     return law, {name: one for name, one in found.items() if one is not None}
 
 
-def _residual(
-    points: Sequence[tuple[str, Figure, Figure]], name: str, loss: Axis, floor: float
-) -> LawResidual | None:
-    own_P = np.array([arm == name for arm, _, _ in points])
+def _residual(points: Sequence[_Point], name: str, loss: Axis, floor: float) -> LawResidual | None:
+    own_P = np.array([point.arm == name for point in points])
     number = len(points)
 
     def of(*flat: np.ndarray) -> np.ndarray:
@@ -64,11 +70,11 @@ def _residual(
         y_PK = np.log(np.maximum(np.stack(flat[number:]), floor))
         return residual(x_PK, y_PK, own_P)
 
-    figure = combine(of, *(p[1] for p in points), *(p[2] for p in points))
+    figure = combine(of, *(p.size for p in points), *(p.lost for p in points))
     if not np.isfinite(figure.estimate):
         return None
     ends = figure.interval()
-    x_P, y_P = (np.log([p[i].estimate for p in points]) for i in (1, 2))
+    x_P, y_P = _logarithms(points)
     scatter = explained(x_P[~own_P], y_P[~own_P])[2]
     beats = ends is not None and ends[1] < 0 and figure.estimate < -2 * scatter
     return LawResidual(
@@ -80,3 +86,10 @@ def _residual(
         ),
         beats=beats,
     )
+
+
+def _logarithms(points: Sequence[_Point]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Of F_Δ (P,) and loss (P,)."""
+    sizes = np.array([point.size.estimate for point in points])
+    losses = np.array([point.lost.estimate for point in points])
+    return np.log(sizes), np.log(losses)

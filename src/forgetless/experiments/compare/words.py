@@ -25,6 +25,7 @@ def title_of(arms: Sequence[ArmResult]) -> str:
     judged = [arm for arm in others if _outcomes(arm)]
     if not judged:
         return "Nothing can be said: no method could be held against plain LoRA at the same gain"
+    judged.sort(key=lambda arm: min(_size(one) for one in arm.matched))
     won = [arm.name for arm in judged if _outcomes(arm) == {"kept more"}]
     partly = [
         arm.name
@@ -72,15 +73,15 @@ def notes_of(arms: Sequence[ArmResult], level: float) -> list[str]:
         )
     if unchosen:
         notes.append(
-            f"No rate is chosen for {_names(unchosen)}: its runs kept no rows for that; set "
-            "training.validation_rows."
+            f"No rate is chosen for {_names(unchosen)}: runs without rows kept out of training "
+            "for that (training.validation_rows)."
         )
     notes.append(_seeds(arms))
     if any(arm.matched for arm in arms):
         notes.append(
             "At the same gain: plain LoRA with the rate, the weight decay or the factor on ΔW that "
             "gains as much, whichever loses least; interpolated between measured points. Verdicts "
-            f"are by intervals at {100 * level:.4g} %, so that 95 % holds for all of them; intervals "
+            f"are by intervals at {100 * level:.4g} %, so that 95 % holds for all of them; those "
             "shown are at 95 % each."
         )
     if any(arm.is_lora for arm in arms) and not any(arm.decay for arm in arms):
