@@ -77,9 +77,11 @@ class BaseCache:
         self._folder = folder
         self._context = tuple(context)
 
-    def scores(self, rows: Sequence[TokenRow], compute: Callable[[], RowScores]) -> RowScores:
-        """Likelihood figures of `rows`, from the file or from `compute`."""
-        path = self._path("scores", [], [(row.input_ids, row.prompt_length) for row in rows])
+    def scores(
+        self, rows: Sequence[TokenRow], compute: Callable[[], RowScores], *, kind: str = "scores"
+    ) -> RowScores:
+        """Likelihood figures of `rows`, from the file or from `compute`; `kind` says which ones."""
+        path = self._path(kind, [], [(row.input_ids, row.prompt_length) for row in rows])
 
         def make() -> _Scores:
             scores = compute()

@@ -11,6 +11,7 @@ from forgetless.data.spec import DataSpec
 Metric = Literal[
     "nll",  # mean negative log-likelihood per scored token, nats
     "kl",  # mean KL(base‖tuned) per token, nats
+    "board_loss",  # what PEFT's board takes for the loss: each token at its own position, nats
     "greedy_match",  # would greedy decoding give the completion, token for token (teacher forced)
     "exact_match",  # generated text equals an accepted answer after normalisation (SQuAD rules)
     "f1",  # token overlap with the best accepted answer

@@ -52,6 +52,7 @@ def score_rows(
     rows: Sequence[TokenRow],
     *,
     batch_size: int = 16,
+    own_position: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> RowScores:
     """Score rows with a model as it is now.
@@ -61,6 +62,8 @@ def score_rows(
         tokenizer: For the padding token only.
         rows: Tokenised rows.
         batch_size: Rows a forward pass.
+        own_position: Hold every token against the logits of its own position, which predict the
+            next one: no likelihood (see `board.py`).
         progress: Called with the number of rows of each finished batch.
 
     Returns:
@@ -69,7 +72,7 @@ def score_rows(
     sums = _Sums.zeros(len(rows))
     causal = base_of(model)
     for batch in _batches(rows, tokenizer, batch_size):
-        scored = _Scored.of(batch, input_device(causal))
+        scored = _Scored.of(batch, input_device(causal), own_position=own_position)
         if scored.count:
             logits = PositionLogits(causal, scored.inputs, scored.predicts_BT)
             for start in logits.starts():
@@ -173,12 +176,15 @@ class _Scored:
     index: tuple[int, ...]
 
     @classmethod
-    def of(cls, batch: Batch, device: torch.device) -> _Scored:
-        # The first token of a row has nothing before it to be predicted from.
-        not_first_BT = batch.attention_mask_BT.cumsum(1) > 1
-        scored_BT = batch.kept_BT.bool() & not_first_BT
-        predicts_BT = torch.zeros_like(scored_BT)
-        predicts_BT[:, :-1] = scored_BT[:, 1:]
+    def of(cls, batch: Batch, device: torch.device, *, own_position: bool = False) -> _Scored:
+        if own_position:
+            scored_BT = predicts_BT = batch.kept_BT.bool()
+        else:
+            # The first token of a row has nothing before it to be predicted from.
+            not_first_BT = batch.attention_mask_BT.cumsum(1) > 1
+            scored_BT = batch.kept_BT.bool() & not_first_BT
+            predicts_BT = torch.zeros_like(scored_BT)
+            predicts_BT[:, :-1] = scored_BT[:, 1:]
         row_BT = torch.tensor(batch.index).unsqueeze(1).expand_as(scored_BT)
         return cls(
             inputs=model_inputs(batch.input_ids_BT, batch.attention_mask_BT, device),

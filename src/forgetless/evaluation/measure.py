@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from forgetless.errors import DataError, ForgetlessWarning
 from forgetless.evaluation.base_cache import BaseCache
+from forgetless.evaluation.board import board_loss
 from forgetless.evaluation.items import REFUSAL_ODDS
 from forgetless.evaluation.judged import judged
 from forgetless.evaluation.likelihood import RowScores, compare_rows
@@ -50,6 +51,8 @@ def measure_item(
     found: dict[str, Measured] = {}
     if {"nll", "kl", "greedy_match"} & set(loaded.item.metrics):
         found |= _likelihood_metrics(model, tokenizer, loaded, cache, progress)
+    if "board_loss" in loaded.item.metrics:
+        found["board_loss"] = board_loss(model, tokenizer, loaded, cache=cache, progress=progress)
     if REFUSAL_ODDS & set(loaded.item.metrics):
         found |= refusal_odds(model, tokenizer, loaded, cache=cache, progress=progress)
     answers = judged(model, tokenizer, loaded, samples=samples, cache=cache, progress=progress)

@@ -12,7 +12,7 @@ from forgetless.evaluation.bootstrap import bootstrap_mean
 from forgetless.evaluation.intervals import share_change, share_level
 from forgetless.evaluation.results import Estimate, MetricResult, RowValues
 
-_PER_TOKEN = frozenset({"nll", "kl"})
+_PER_TOKEN = frozenset({"nll", "kl", "board_loss"})
 _ANY_SIZE = frozenset({"refusal_margin"})  # unlike a share, and signed
 _NOT_NEGATIVE = (0.0, math.inf)
 

@@ -11,6 +11,7 @@ MISSING = "–"
 _NAMES = {
     "nll": "NLL",
     "kl": "KL",
+    "board_loss": "board loss",
     "greedy_match": "greedy match",
     "exact_match": "exact match",
     "f1": "F1",

@@ -28,7 +28,7 @@ _RESAMPLES = 200
 _Z = 1.959963984540054
 _NATS = math.log(2)  # in a bit
 _LARGEST = 700.0  # e to more is infinite
-_OURS = frozenset({"nll", "kl"})  # names that tables read as nats per token
+_OURS = frozenset({"nll", "kl", "board_loss"})  # names that tables read as nats per token
 
 
 def measured_metric(
