@@ -108,7 +108,7 @@ def records(output: Path) -> dict[str, dict[str, Any]]:
     found = {}
     for folder in sorted((output / "runs").iterdir()):
         record = load_record(folder / "record.json").model_dump()
-        for name in ("created", "phases", "processor"):
+        for name in ("created", "phases", "processor", "memory"):
             del record[name]
         del record["recipe"]["output"], record["training"]["resumed_from"]
         del record["evaluation"]["seconds"]

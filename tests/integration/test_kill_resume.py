@@ -82,7 +82,7 @@ def runs(tmp_path, tiny_model_path) -> Iterator[Runs]:
 def without_timing(output: Path) -> dict[str, object]:
     """A record without what two equal runs may differ in: times, folder, interruptions."""
     record = load_record(output / "record.json").model_dump()
-    for name in ("created", "phases", "processor"):
+    for name in ("created", "phases", "processor", "memory"):
         del record[name]
     del record["recipe"]["output"]
     del record["training"]["resumed_from"]

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from report_records import record
 
 from forgetless.evaluation.pairing import divergence, paired
 from forgetless.evaluation.results import EvaluationReport, ItemResult, Movement
 from forgetless.experiments.record import Record
+from report_records import record
 
 RATES = (2e-4, 5e-4, 1e-3, 2e-3)
 ROWS = 120

@@ -1,0 +1,73 @@
+"""`forgetless report` on many runs: folders of runs, tables for paper and spreadsheet, JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+
+import pytest
+
+from compare_records import World
+from forgetless.cli import main
+from forgetless.experiments.record import save_record
+
+ARMS = {"lora": {"scaled": True}, "lora-null": {"method": "lora-null", "factor": 0.1}}
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    for place, record in enumerate(World().records(ARMS, seeds=(0, 1))):
+        save_record(record, folder / "runs" / f"run{place:02}" / "record.json")
+    (folder / "runs" / "unfinished").mkdir()
+    return folder
+
+
+def status(*arguments) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    return ended.value.code
+
+
+def test_a_sweeps_folder_is_one_comparison_in_words_of_80_columns(sweep, tmp_path, capsys):
+    assert status("report", sweep, "--output", tmp_path / "all.html") == 0
+    shown = capsys.readouterr().out
+    assert "lora-null kept more than plain LoRA at the same gain" in shown
+    assert all(len(line) <= 80 for line in shown.splitlines() if "/" not in line)
+    assert (tmp_path / "all.html").is_file()
+    runs = sorted((sweep / "runs").glob("run*"))
+    assert status("report", *runs, "--output", tmp_path / "again.html") == 0
+    assert capsys.readouterr().out.splitlines()[:20] == shown.splitlines()[:20]
+
+
+def test_tables_hold_every_figure_and_no_report_is_written(sweep, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert status("report", sweep, "--table", "csv") == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    # Four rates of two methods, plain LoRA at three more scales, with a gain and a loss each.
+    assert len(rows) == (8 + 12) * 2
+    assert {row["seeds"] for row in rows} == {"2"}
+    assert status("report", sweep, "--table", "markdown") == 0
+    shown = capsys.readouterr().out
+    assert "| method | rate | seeds |" in shown
+    assert shown.count("| lora-null |") == 3
+    assert not list(tmp_path.iterdir())
+
+
+def test_json_holds_the_comparison(sweep, tmp_path, capsys):
+    assert status("report", sweep, "--output", tmp_path / "all.html", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    arms = {arm["name"]: arm for arm in found["comparison"]["arms"]}
+    assert arms["lora-null"]["matched"][0]["outcome"] == "kept more"
+
+
+def test_a_folder_without_records_and_the_same_run_twice_are_one_line(sweep, tmp_path, capsys):
+    assert status("report", tmp_path) == 2
+    assert "expected the folder of a finished run, of several, or of a sweep" in (
+        " ".join(capsys.readouterr().err.split())
+    )
+    assert status("report", sweep, sweep / "runs" / "run00", "--output", tmp_path / "x.html") == 2
+    assert "expected one record of lora at rate 0.0002 with seed 0, got two" in (
+        " ".join(capsys.readouterr().err.split())
+    )
