@@ -177,9 +177,9 @@ def test_arms_differ_in_all_but_rate_and_seed():
     records = [world.one(key, 1e-3, 0, **options) for key, options in arms.items() if key != "c"]
     names = [arm.name for arm in arms_of(records)]
     assert names == [
-        "lora, rank 32",
-        "lora, rank 8",
-        "lora, wd 0.3",
+        "lora (rank 32)",
+        "lora (rank 8)",
+        "lora wd 0.3",
         "lora + kl weight 2.0",
         "sc-lora beta 0.5",
     ]
@@ -203,9 +203,9 @@ def test_arms_that_differ_in_their_preserve_data_are_named_by_it():
         records.append(one.model_copy(update={"recipe": {**one.recipe, "preserve_data": sources}}))
     names = [arm.name for arm in arms_of(records)]
     assert names == [
-        "lora-null, preserve: qa",
-        "lora-null, preserve: self",
-        "lora-null, preserve: qa and self",
+        "lora-null (preserve: qa)",
+        "lora-null (preserve: self)",
+        "lora-null (preserve: qa and self)",
     ]
 
 

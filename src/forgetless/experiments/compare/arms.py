@@ -166,7 +166,8 @@ def _names(records: Sequence[Record]) -> list[str]:
         alike = [s for w, s in zip(words, settings, strict=True) if w == word]
         keys = [key for key in own if any(s.get(key) != own[key] for s in alike)]
         keys += [key for s in alike for key in s if key not in own and key not in keys]
-        names.append(", ".join([word, *_differences(own, dict.fromkeys(keys))]))
+        told = ", ".join(_differences(own, dict.fromkeys(keys)))
+        names.append(f"{word} ({told})" if told else word)
     return names
 
 
@@ -201,14 +202,14 @@ def _sources(own: Mapping[str, Any], part: str) -> str:
 
 
 def _in_words(record: Record) -> str:
-    """`sc-lora beta 0.5 + kl weight 2, wd 0.1`: only what is not the default."""
+    """`sc-lora beta 0.5 + kl weight 2 wd 0.1`: only what is not the default."""
     method = {**record.method, "name": _named(record)}
     parts = [_with_options(method, ALL_METHODS)]
     parts += [_with_options(one, REGULARISERS) for one in beyond_the_loss(record)
               if isinstance(one, Mapping) and "name" in one]  # fmt: skip
     text = " + ".join(parts)
     decay = _decay(record)
-    return f"{text}, wd {decay:g}" if decay else text
+    return f"{text} wd {decay:g}" if decay else text
 
 
 def _with_options(options: Mapping[str, Any], kinds: Mapping[str, type[Named]]) -> str:

@@ -243,6 +243,7 @@ def _plain(figure: Interval | None, *, change: bool = False) -> Cell:
         return Cell()
     write = signed if change else plain
     interval = ""
-    if figure.low is not None and figure.high is not None and figure.low != figure.high:
-        interval = f"{write(figure.low)} to {write(figure.high)}"
+    if figure.low is not None and figure.high is not None:
+        ends = [write(figure.low), write(figure.high)]
+        interval = " to ".join(ends) if ends[0] != ends[1] else ""
     return Cell(write(figure.value), interval, figure.value)
