@@ -2,8 +2,8 @@
 
 Reads one JSON line an attempt from standard input:
 
-- `sweep`: what its YAML holds; `cache`: the cache folder; `counts`: a file that gets a line for each
-  piece of work that runs share
+- `sweep`: what its YAML holds; `cache`: the cache folder; `counts`: a file that gets a line for
+  each piece of work that runs share
 - `times`: how many such sweeps to run side by side
 - `die_in_save`: whether a run kills its own process group in the middle of writing a checkpoint
 - `crash`: a file; while it is there, runs of `lora-null` kill their own process

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -89,10 +90,8 @@ class Sweeps:
             elif word == "begun" and kill_after is not None:
                 time.sleep(kill_after)
                 kill_after = None
-                try:
+                with contextlib.suppress(ProcessLookupError):  # it was done before
                     (os.kill if only_the_sweep else os.killpg)(self.group, sent)
-                except ProcessLookupError:  # it was done before
-                    pass
         raise AssertionError("the process that starts sweeps has ended")
 
     def counts(self, name: str) -> Counter[str]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from compare_records import RATES, World
 
+from compare_records import RATES, World
 from forgetless.errors import ArtefactError
 from forgetless.experiments.compare import Comparison, compare
 from forgetless.experiments.compare.arms import arms_of

@@ -48,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
         "recipe_yaml",
     },
     "recipe_yaml": {"data.validation"},
-    "experiments": LIBRARY | {"recipe"},
+    "experiments": LIBRARY | {"recipe", "recipe_yaml"},
     "console": {"experiments"},
     "cli": LIBRARY | {"recipe", "experiments", "console", "__init__"},
     "__main__": {"cli"},

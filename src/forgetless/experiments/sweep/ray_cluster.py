@@ -7,6 +7,7 @@ cluster is asked for, and not before.
 from __future__ import annotations
 
 import os
+import socket
 from typing import Any
 
 from forgetless.errors import ForgetlessError
@@ -14,6 +15,7 @@ from forgetless.experiments.sweep.executors import Ended
 from forgetless.experiments.sweep.spec import SweepSpec
 from forgetless.experiments.sweep.work import Job, work
 
+_SECONDS_TO_ANSWER = 10.0
 # What runs on other machines must see as this process does.
 _CARRIED = ("FORGETLESS_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 
@@ -37,6 +39,7 @@ class RayCluster:
         self._ray = ray
         self._is_ours = not ray.is_initialized()
         if self._is_ours:
+            _check_reachable(spec.ray.address or os.environ.get("RAY_ADDRESS"))
             try:
                 ray.init(address=spec.ray.address, log_to_driver=False, configure_logging=False)
             except (ConnectionError, RuntimeError, ValueError) as error:
@@ -50,13 +53,13 @@ class RayCluster:
         self._gpus = spec.ray.gpus if spec.ray.gpus is not None else min(has.get("GPU", 0.0), 1.0)
         self.slots = _slots(has, {"CPU": self._cpus, "GPU": self._gpus})
         self._threads = spec.threads or max(int(self._cpus), 1)
-        self._task = ray.remote(_work).options(
+        self._task = ray.remote(
             num_cpus=self._cpus,
             num_gpus=self._gpus,
             max_retries=spec.retries,  # of machines and processes that are lost, not of errors
             max_calls=1,
             runtime_env={"env_vars": {k: os.environ[k] for k in _CARRIED if k in os.environ}},
-        )
+        )(_work)
         self._going: dict[Any, str] = {}
 
     def start(self, job: Job) -> None:
@@ -86,6 +89,24 @@ class RayCluster:
         self._going.clear()
         if self._is_ours:
             self._ray.shutdown()
+
+
+def _check_reachable(address: str | None) -> None:
+    """Refuse an address where nothing answers: Ray itself would try for minutes.
+
+    Raises:
+        ForgetlessError: Nothing listens there.
+    """
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():  # `auto`, `local`, or none
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _SECONDS_TO_ANSWER).close()
+    except OSError as error:
+        raise ForgetlessError(
+            f"executor ray: expected a cluster at {address}, got: {error.strerror or error}; look "
+            "at `ray status`, or take executor: local"
+        ) from error
 
 
 def _work(line: str, threads: int) -> str:
