@@ -155,8 +155,9 @@ _add(
 )
 _add(
     guides.schema,
-    "The JSON schema of a recipe, for editors.",
+    "The JSON schema of a recipe or a sweep, for editors.",
     "forgetless schema > recipe.schema.json",
+    "forgetless schema sweep > sweep.schema.json",
     "then, as the first line of a recipe:",
     "# yaml-language-server: $schema=recipe.schema.json",
 )

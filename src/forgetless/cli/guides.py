@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -107,14 +107,20 @@ def _change(base: float | None, tuned: float | None) -> str:
     return " → ".join(figures) or "not finite"
 
 
-def schema() -> None:
-    """Print the JSON schema of a recipe, for editors that complete and check YAML."""
+def schema(
+    kind: Annotated[
+        Literal["recipe", "sweep"], typer.Argument(help="What the YAML is.")
+    ] = "recipe",
+) -> None:
+    """Print the JSON schema of a recipe or a sweep, for editors that complete and check YAML."""
     import json
     import sys
 
+    from forgetless.experiments.sweep.spec import sweep_schema
     from forgetless.recipe import json_schema
 
-    sys.stdout.write(json.dumps(json_schema(), indent=1) + "\n")
+    found = sweep_schema() if kind == "sweep" else json_schema()
+    sys.stdout.write(json.dumps(found, indent=1) + "\n")
 
 
 def methods(as_json: Json = False) -> None:
