@@ -131,6 +131,12 @@ def test_plain_lora_is_measured_turned_down_too_unless_told_otherwise(make_recip
     for report in record.scaled:
         measured = {item.name: set(item.metrics) for item in report.items}
         assert measured == {"task": {"nll"}, "facts": {"nll", "kl"}}
+        # By rows, so that a comparison resamples the same ones of both.
+        for whole, turned_down in zip(record.evaluation.items, report.items, strict=True):
+            theirs, ours = whole.row_values["nll"], turned_down.row_values["nll"]
+            assert (ours.base, ours.weights) == (theirs.base, theirs.weights)
+            assert len(ours.tuned) == len(theirs.tuned)
+            assert ours.tuned != theirs.tuned
 
 
 def test_the_exported_adapter_loads_with_peft_alone_on_the_untouched_base(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from compare_records import World
 from hypothesis import given
 from hypothesis import strategies as st
 
+from compare_records import World
 from forgetless.experiments.compare.arms import arms_of
 from forgetless.experiments.compare.axes import Axis
 from forgetless.experiments.compare.figures import Figures, interval_of

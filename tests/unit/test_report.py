@@ -12,9 +12,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from compare_records import World
-from report_records import around, item, kl, metric, movement, nll, realistic_records, record
 
+from compare_records import World
 from forgetless.errors import ArtefactError
 from forgetless.evaluation.results import EvaluationReport, LayerMovement, Sample
 from forgetless.experiments.charts import trade_off_panels
@@ -24,6 +23,7 @@ from forgetless.experiments.layer_charts import layer_rows, split_layer
 from forgetless.experiments.record import Record
 from forgetless.experiments.report import inline_json, write_report
 from forgetless.experiments.runs import name_runs
+from report_records import around, item, kl, metric, movement, nll, realistic_records, record
 
 ATTACK = (
     "</script><script>document.title='owned';alert(1)</script>"

@@ -17,10 +17,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from forgetless.evaluation.base_cache import BaseCache
-from forgetless.evaluation.likelihood import RowScores, score_rows
-from forgetless.evaluation.loaded import LoadedItem, Progress, Watch
+from forgetless.evaluation.loaded import LoadedItem, Progress
 from forgetless.evaluation.pairing import Measured, paired
-from forgetless.evaluation.scored import check_finite
+from forgetless.evaluation.scored import Scorer
 from forgetless.models.pair import TunedModel
 
 _FIGURE = "board loss"
@@ -46,21 +45,8 @@ def board_loss(
     Raises:
         AdapterError: A loss that is NaN or infinite.
     """
-    item = loaded.item
     rows = [replace(row, prompt_length=0) for row in loaded.tokens]
-
-    def score(which: str) -> RowScores:
-        watch = Watch(progress, f"{item.name}: {_FIGURE} of the {which}", len(rows))
-        scores = score_rows(
-            model, tokenizer, rows, batch_size=item.batch_size, own_position=True, progress=watch
-        )
-        check_finite(scores.nll_sum, _FIGURE, item.name, which)
-        return scores
-
-    def base() -> RowScores:
-        with model.disable_adapter():
-            return score("base model")
-
-    theirs, ours = cache.scores(rows, base, kind="own-position"), score("tuned model")
+    scorer = Scorer(model, tokenizer, loaded.item, cache, progress, own_position=True)
+    theirs, ours = scorer.base(rows, _FIGURE), scorer.tuned(rows, _FIGURE)
     tokens = ours.num_tokens.astype(np.float64)
     return paired("board_loss", theirs.nll_sum / tokens, ours.nll_sum / tokens, tokens)

@@ -28,6 +28,7 @@ class Scorer:
         item: Its name stands in messages; its `batch_size` is taken.
         cache: The base's figures.
         progress: Called with stage, rows done and rows in all.
+        own_position: Whether a token is held against the logits of its own position, as in `board`.
     """
 
     model: TunedModel
@@ -35,6 +36,7 @@ class Scorer:
     item: EvaluationItem
     cache: BaseCache
     progress: Progress | None
+    own_position: bool = False
 
     def base(self, rows: Sequence[TokenRow], figure: str) -> RowScores:
         """Rows under the base, from the cache where it has them.
@@ -51,7 +53,8 @@ class Scorer:
             with self.model.disable_adapter():
                 return self._score(rows, f"{figure} of the base", figure, "base model")
 
-        return self.cache.scores(rows, compute)
+        kind = "own-position" if self.own_position else "scores"
+        return self.cache.scores(rows, compute, kind=kind)
 
     def tuned(self, rows: Sequence[TokenRow], figure: str) -> RowScores:
         """The same under the tuned model."""
@@ -60,7 +63,14 @@ class Scorer:
     def _score(self, rows: Sequence[TokenRow], stage: str, figure: str, which: str) -> RowScores:
         name, size = self.item.name, self.item.batch_size
         watch = Watch(self.progress, f"{name}: {stage}", len(rows))
-        scores = score_rows(self.model, self.tokenizer, rows, batch_size=size, progress=watch)
+        scores = score_rows(
+            self.model,
+            self.tokenizer,
+            rows,
+            batch_size=size,
+            own_position=self.own_position,
+            progress=watch,
+        )
         check_finite(scores.nll_sum, figure, name, which)
         return scores
 
