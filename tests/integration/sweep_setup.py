@@ -56,6 +56,7 @@ class Sweeps:
         )
         self.notes: list[str] = []
         self.group = 0
+        self.seconds = 0.0  # that the last attempt took
 
     def order(self, name: str, **keys: Any) -> dict[str, Any]:
         spec = {"base": self.base, "output": str(self.folder / name), "threads": 1}
@@ -77,6 +78,7 @@ class Sweeps:
     ) -> int:
         """Exit status of one attempt, killed some seconds after the first run has begun."""
         self.notes, self.group = [], 0
+        begun = time.monotonic()
         self._process.stdin.write(json.dumps(self.order(name, **keys) | (order or {})) + "\n")
         self._process.stdin.flush()
         for line in (line.strip() for line in self._process.stdout):
@@ -86,6 +88,7 @@ class Sweeps:
             elif word == "note":
                 self.notes.append(value)
             elif word == "end":
+                self.seconds = time.monotonic() - begun
                 return int(value)
             elif word == "begun" and kill_after is not None:
                 time.sleep(kill_after)

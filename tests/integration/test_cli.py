@@ -40,6 +40,7 @@ VERBS = (
     "calibrate",
     "train",
     "evaluate",
+    "sweep",
     "report",
     "export",
     "push",

@@ -89,6 +89,38 @@ def test_lists_regularisers_and_data_can_vary():
     assert runs[2].label == "lora + drift + kl weight 0.5, targets q_proj"
 
 
+def test_fixed_keys_stand_in_place_of_the_bases_and_in_no_label():
+    path = write(
+        {
+            "base": BASE,
+            "fixed": {"training.validation_rows": 2, "method.rank": 4, "train_data.limit": 8},
+            "grid": {"seed": [0, 1]},
+            "output": "sweeps/x",
+        }
+    )
+    for overrides, validation_rows in (([], 2), (["training.validation_rows=3"], 3)):
+        runs = plan_sweep(load_sweep(path, overrides)).runs
+        assert [run.recipe.training.validation_rows for run in runs] == [validation_rows] * 2
+        assert [run.recipe.method for run in runs] == [{"name": "lora", "rank": 4}] * 2
+        assert [run.recipe.train_data[0].limit for run in runs] == [8, 8]
+        assert [run.label for run in runs] == ["lora, seed 0", "lora, seed 1"]
+    assert "validation_rows" not in BASE["training"]
+
+
+@pytest.mark.parametrize(
+    ("fixed", "said"),
+    [
+        ({"method.rank": 4}, "fixed.method.rank: expected a key that does not vary, got one that"),
+        ({"train_data.3.path": "x"}, "fixed.train_data.3.path"),
+        ({"training.batchsize": 4}, "batchsize"),
+    ],
+)
+def test_a_fixed_key_that_varies_or_has_no_place_is_refused(fixed, said):
+    tree = {"base": BASE, "fixed": fixed, "grid": {"method": ["lora"]}, "output": "sweeps/x"}
+    with pytest.raises(RecipeError, match=re.escape(said)):
+        plan_sweep(load_sweep(write(tree)))
+
+
 def test_labels_say_what_varies():
     spec = spec_of(
         runs=[
@@ -250,3 +282,15 @@ def test_the_plan_counts_what_is_shared_and_what_is_to_do():
     assert (cost.runs, cost.steps, cost.tokens) == (12, 12 * 5, 12 * 5 * 2 * 32)
     assert cost.seconds is None
     assert "no run of this sweep is finished yet" in cost.source
+
+
+def test_the_sweep_of_the_recipes_folder_is_one(monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[2])
+    spec = load_sweep("recipes/sweep.yaml")
+    recipes = [
+        Recipe.model_validate({**cell.tree(spec.base_tree()), "output": "x"})
+        for cell in cells_of(spec)
+    ]
+    assert len({run_name(sparse(recipe)) for recipe in recipes}) == len(recipes) == 24
+    for recipe in recipes:
+        assert recipe.train_data[0].limit - recipe.training.validation_rows == 100

@@ -14,6 +14,7 @@ from forgetless.errors import ForgetlessError
 if TYPE_CHECKING:
     from forgetless.cli.sweep_table import Level
     from forgetless.experiments.sweep import SweepSpec, SweepStatus
+    from forgetless.experiments.sweep.sharing import Shared
 
 
 def sweep(
@@ -80,15 +81,14 @@ def _show_plan(status: SweepStatus, *, as_json: bool) -> None:
         print_json(_as_values(status) | {"cost": asdict(cost), "shared": asdict(shared)})
         return
     _print_table(table(status))
-    repeats = f"; {plan.repeated} cells repeat others and count once" if plan.repeated else ""
+    repeated = _number(plan.repeated, "cell is a repeat", "cells are repeats")
+    repeats = f"; {repeated}" if plan.repeated else ""
     before = ", ".join(f"{count[s]} {s}" for s in ("done", "running", "failed") if count[s])
     print_text("")
     lines = {
         "runs": f"{len(plan.runs)} in {plan.folder.path}{repeats}",
         "before": before or "nothing yet",
-        "shared": f"{shared.moments} calibration passes for {shared.calibrated} runs, "
-        f"{shared.starts} starts for {shared.solved}, {shared.bases} base models, each measured "
-        "once",
+        "shared": _shared_in_words(shared),
         "to do": _work_in_words(cost),
         "time": "none"
         if not cost.runs
@@ -100,8 +100,24 @@ def _show_plan(status: SweepStatus, *, as_json: bool) -> None:
         print_text(wrapped(label, text))
 
 
+def _shared_in_words(shared: Shared) -> str:
+    bases = _number(shared.bases, "base model", "base models")
+    parts = [f"{bases} measured once"]
+    if shared.calibrated:
+        passes = _number(shared.moments, "calibration pass", "calibration passes")
+        parts.append(f"{passes} for {_number(shared.calibrated, 'run', 'runs')}")
+    if shared.solved:
+        starts = _number(shared.starts, "solved start", "solved starts")
+        parts.append(f"{starts} for {_number(shared.solved, 'run', 'runs')}")
+    return ", ".join(parts)
+
+
+def _number(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
+
+
 def _work_in_words(cost: Any) -> str:
-    runs = "1 run" if cost.runs == 1 else f"{cost.runs} runs"
+    runs = _number(cost.runs, "run", "runs")
     if not cost.runs:
         return "nothing"
     if cost.steps is None:

@@ -84,7 +84,8 @@ def plan_sweep(spec: SweepSpec, *, allow_task_code: bool = False) -> Plan:
 
 def resolved(plan: Plan) -> dict[str, Any]:
     """The sweep with its base as keys, as plain values."""
-    return plan.spec.model_dump(mode="json", fallback=repr) | {"base": plan.spec.base_tree()}
+    spec = plan.spec.model_dump(mode="json", exclude={"fixed"}, fallback=repr)
+    return spec | {"base": plan.spec.base_tree()}
 
 
 def _planned(cell: Cell, base: dict[str, Any], folder: SweepFolder) -> PlannedRun:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from forgetless.data.validation import validated
 from forgetless.errors import ForgetlessError, RecipeError
-from forgetless.recipe import override_tree
-from forgetless.recipe_yaml import apply_override, quoting_hint, read_yaml
+from forgetless.recipe import give_options_a_place, override_tree
+from forgetless.recipe_yaml import apply_override, quoting_hint, read_yaml, set_value
 
 Executor = Literal["local", "ray"]
 
@@ -41,6 +42,7 @@ class SweepSpec(_Part):
     Attributes:
         base: A recipe: a path, relative to the working directory as all paths of recipes are, or
             its keys. Its `output` is not needed.
+        fixed: Recipe keys that all runs have in place of the base's, `training.epochs: 2`.
         grid: Values by recipe key, `training.learning_rate: [2e-4, 1e-3]`; every combination of
             them is a run.
         runs: Further runs, each a small grid of its own: `{method: lora, seed: [0, 1]}`. To set
@@ -55,6 +57,7 @@ class SweepSpec(_Part):
     """
 
     base: Path | dict[str, Any]
+    fixed: dict[str, Any] = {}
     grid: dict[str, list[Any]] = {}
     runs: list[dict[str, Any]] = []
     output: Path
@@ -74,15 +77,26 @@ class SweepSpec(_Part):
         for key, values in self.grid.items():
             if not values:
                 raise RecipeError(f"grid.{key}: expected a list of values, got an empty one")
+        for key in self.fixed:
+            if varied := _varied_by(self, key):
+                raise RecipeError(
+                    f"fixed.{key}: expected a key that does not vary, got one that the sweep sets "
+                    f"by {varied}; take one of them out"
+                )
         return self
 
     def base_tree(self) -> dict[str, Any]:
-        """The base recipe's keys; none of them is checked yet.
+        """The base recipe's keys with the fixed ones; none of them is checked yet.
 
         Raises:
-            RecipeError: The file cannot be read.
+            RecipeError: The file cannot be read, or a fixed key has no place there.
         """
-        return dict(self.base) if isinstance(self.base, dict) else read_yaml(self.base)
+        tree = deepcopy(self.base) if isinstance(self.base, dict) else read_yaml(self.base)
+        give_options_a_place(tree)
+        for key, value in self.fixed.items():
+            set_value(tree, key.split("."), deepcopy(value), f"fixed.{key}")
+            give_options_a_place(tree)
+        return tree
 
 
 def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepSpec:
@@ -109,7 +123,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepSpec:
     except ForgetlessError as failure:
         raise RecipeError(f"{path}: {failure}{quoting_hint(str(failure), own)}") from None
     override_tree(base, [text for text in overrides if text not in own])
-    return spec.model_copy(update={"base": base})
+    return spec.model_copy(update={"base": base, "fixed": {}})
 
 
 def _key(override: str) -> str:
@@ -133,13 +147,19 @@ def _refuse_varied(spec: SweepSpec, overrides: Sequence[str]) -> None:
     """Refuse to change what the sweep sets anyway: the change would be lost without a word."""
     for override in overrides:
         key = _key(override)
-        for varied in [*spec.grid, *(key for entry in spec.runs for key in entry)]:
-            if varied == key or key.startswith(f"{varied}."):
-                raise RecipeError(
-                    f"override {override!r}: expected a key that the sweep does not set itself, "
-                    f"got {key}, which it sets by {varied}; change it there, or give "
-                    f"grid.{varied}=[…]"
-                )
+        if varied := _varied_by(spec, key):
+            raise RecipeError(
+                f"override {override!r}: expected a key that the sweep does not set itself, got "
+                f"{key}, which it sets by {varied}; change it there, or give grid.{varied}=[…]"
+            )
+
+
+def _varied_by(spec: SweepSpec, key: str) -> str | None:
+    """The varied key that sets `key`, itself or what it is a part of."""
+    for varied in [*spec.grid, *(key for entry in spec.runs for key in entry)]:
+        if varied == key or key.startswith(f"{varied}."):
+            return varied
+    return None
 
 
 def sweep_schema() -> dict[str, Any]:
