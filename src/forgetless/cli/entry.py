@@ -117,7 +117,7 @@ _add(
 )
 _add(
     reporting.report,
-    "One report of one or many runs; over rates and seeds, a comparison.",
+    "One report of one or many runs, or a comparison of methods.",
     "forgetless report runs/a runs/b --output both.html",
     "forgetless report sweeps/first --output comparison.html",
     "forgetless report sweeps/first --table markdown > table.md",
