@@ -107,6 +107,11 @@ def test_fixed_keys_stand_in_place_of_the_bases_and_in_no_label():
     assert "validation_rows" not in BASE["training"]
 
 
+def test_a_recipe_in_place_of_a_sweep_is_told():
+    with pytest.raises(RecipeError, match=r"recipe\.yaml: expected a sweep.*got a recipe"):
+        load_sweep(write({**BASE, "output": "runs/x"}, "recipe.yaml"))
+
+
 @pytest.mark.parametrize(
     ("fixed", "said"),
     [

@@ -113,6 +113,11 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepSpec:
     """
     path = Path(path)
     tree = read_yaml(path)
+    if "model" in tree and "base" not in tree:
+        raise RecipeError(
+            f"{path}: expected a sweep, with base and grid or runs, got a recipe; `forgetless run` "
+            f"runs it, and `base: {path}` in a sweep varies it"
+        )
     own = [text for text in overrides if _key(text).split(".")[0] in SweepSpec.model_fields]
     for text in own:
         _apply(tree, text)
