@@ -132,10 +132,17 @@ def test_labels_say_what_varies():
             {"method": {"name": "sc-lora", "beta": 0.6}, "training.learning_rate": 2e-4},
             {"seed": 3, "training.weight_decay": 0.1},
             {"seed": 4, "label": "mine"},
+            {"preserve_data": ["self", [{"self": True, "limit": 9}, BASE["preserve_data"][0]]]},
         ]
     )
     labels = [run.label for run in plan_sweep(spec).runs]
-    assert labels == ["sc-lora beta 0.6, lr 0.0002", "lora, seed 3, wd 0.1", "mine"]
+    assert labels == [
+        "sc-lora beta 0.6, lr 0.0002",
+        "lora, seed 3, wd 0.1",
+        "mine",
+        "lora, preserve: self",
+        "lora, preserve: self and keep",
+    ]
 
 
 def test_the_hash_of_a_known_recipe_stays():

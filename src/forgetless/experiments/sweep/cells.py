@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from forgetless.data.validation import shortened
@@ -55,6 +56,8 @@ class Cell:
         for key, value in self.values.items():
             if key == "training.regularisers":
                 named += [f"+ {_in_words(value)}"] if value else []
+            elif key in ("train_data", "preserve_data"):
+                named.append(f"{key.removesuffix('_data')}: {_sources(value)}")
             elif key != "method":
                 named.append(f"{_SHORT.get(key, key.rpartition('.')[2])} {_in_words(value)}")
         return ", ".join(named).replace(", + ", " + ")
@@ -73,6 +76,16 @@ def cells_of(spec: SweepSpec) -> list[Cell]:
 def _combinations(grid: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:
     for values in itertools.product(*grid.values()):
         yield dict(zip(grid, values, strict=True))
+
+
+def _sources(value: object) -> str:
+    """`self and manual`: sources of data by the names of their files."""
+    if isinstance(value, list):
+        return " and ".join(map(_sources, value)) or "none"
+    if isinstance(value, Mapping):
+        name = value.get("path") or value.get("hub") or ("self" if value.get("self") else "rows")
+        return Path(str(name)).stem if value.get("path") else str(name)
+    return Path(value).stem if isinstance(value, str) else _in_words(value)
 
 
 def _in_words(value: object) -> str:
