@@ -140,7 +140,7 @@ def _show_result(status: SweepStatus, spec: SweepSpec, *, as_json: bool) -> None
     if failed:
         print_text("\nThe same command tries them again.")
     if len(failed) < len(status.runs):
-        print_text(f"\nCompare them: forgetless report {spec.output}/runs/*")
+        print_text(f"\nCompare them: forgetless report {spec.output}")
 
 
 def _print_table(shown: Any) -> None:

@@ -123,7 +123,10 @@ class Law(_Value):
 
 
 class Cost(_Value):
-    """Means over the runs at the chosen rate; None where records do not tell."""
+    """Means over the runs at the chosen rate; None where records do not tell.
+
+    Calibration is that of the arm's run that took longest: the others had its moments and starts.
+    """
 
     calibration_seconds: float
     training_seconds: float

@@ -177,7 +177,7 @@ def _costs(arms: Sequence[tuple[int, ArmResult]]) -> Grid | None:
         safe = MISSING
         if band is not None:
             safe = f"{band.low:g} to {band.high:g}" if band.low != band.high else f"{band.low:g}"
-        memory = cost.peak_memory
+        memory, worked = cost.peak_memory, cost.training_processor_seconds
         rows.append(
             (
                 place,
@@ -186,6 +186,7 @@ def _costs(arms: Sequence[tuple[int, ArmResult]]) -> Grid | None:
                     Cell(" ".join(f"{rate:g}" for rate in arm.rates)),
                     Cell(seconds_text(cost.calibration_seconds), sort=cost.calibration_seconds),
                     Cell(seconds_text(cost.training_seconds), sort=cost.training_seconds),
+                    Cell() if worked is None else Cell(seconds_text(worked), sort=worked),
                     Cell(count_text(cost.trainable_parameters), sort=cost.trainable_parameters),
                     Cell() if memory is None else Cell(f"{memory / GIB:.1f} GiB", sort=memory),
                 ),
@@ -193,11 +194,20 @@ def _costs(arms: Sequence[tuple[int, ArmResult]]) -> Grid | None:
         )
     if not rows:
         return None
-    head = ("safe rates", "rates tried", "calibration", "training", "trainable", "peak memory")
+    head = (
+        "safe rates",
+        "rates tried",
+        "calibration",
+        "training",
+        "processor",
+        "trainable",
+        "peak memory",
+    )
     note = (
         "Safe: rates next to the chosen one that gain nine tenths as much and lose no more than "
-        "plain LoRA at its own. Times are of the clock, means over the runs at the chosen rate; "
-        "moments that another run had collected before cost nothing here."
+        "plain LoRA at its own. Calibration: of the run that took longest, as the others had its "
+        "moments and start from the cache; less where runs of another method had collected them. "
+        "Training: mean over the runs at the chosen rate, by the clock and in processor time."
     )
     return Grid("What it costs", note, head, tuple(rows))
 

@@ -25,25 +25,27 @@ def title_of(arms: Sequence[ArmResult]) -> str:
     judged = [arm for arm in others if _outcomes(arm)]
     if not judged:
         return "Nothing can be said: no method could be held against plain LoRA at the same gain"
-    judged.sort(key=lambda arm: min(_size(one) for one in arm.matched))
-    won = [arm.name for arm in judged if _outcomes(arm) == {"kept more"}]
+    judged.sort(key=_mean_size)
+    outcomes = {arm.name: _outcomes(arm) for arm in judged}
+    everywhere = [name for name, found in outcomes.items() if found == {"kept more"}]
     partly = [
-        arm.name
-        for arm in judged
-        if "kept more" in _outcomes(arm)
-        and arm.name not in won
-        and "lost more" not in _outcomes(arm)
+        name
+        for name, found in outcomes.items()
+        if "kept more" in found and "lost more" not in found and name not in everywhere
     ]
     lost = [
-        arm.name
-        for arm in judged
-        if "lost more" in _outcomes(arm) and "kept more" not in _outcomes(arm)
+        name
+        for name, found in outcomes.items()
+        if "lost more" in found and "kept more" not in found
     ]
-    if won:
-        tail = f"; plain LoRA kept more than {_names(lost)}" if lost else ""
-        return f"{_names(won)} kept more than plain LoRA at the same gain{tail}"
+    number = len(dict.fromkeys((item, metric) for _, item, metric in _planes(arms)))
+    where = f", on all {number} sets" if number > 1 else ""
+    less = f"; plain LoRA kept more than {_names(lost)}" if lost else ""
+    if everywhere:
+        also = f"; {_names(partly)} on some" if partly else ""
+        return f"{_names(everywhere)} kept more than plain LoRA at the same gain{where}{also}{less}"
     if partly:
-        return f"{_names(partly)} kept more than plain LoRA at the same gain, on a part of the data"
+        return f"{_names(partly)} kept more than plain LoRA at the same gain, on some sets{less}"
     if lost:
         return f"Plain LoRA wins: no method kept more at the same gain, and {_names(lost)} less"
     return "No method can be told from plain LoRA at the same gain"
@@ -185,8 +187,17 @@ def _planes(arms: Sequence[ArmResult]) -> list[tuple[str, str, str]]:
 
 
 def _outcomes(arm: ArmResult) -> set[Outcome]:
+    return {one.outcome for one in _shown(arm)}
+
+
+def _mean_size(arm: ArmResult) -> float:
+    shown = [_size(one) for one in _shown(arm)]
+    return sum(shown) / len(shown)
+
+
+def _shown(arm: ArmResult) -> list[Matched]:
     planes = {(p.gain, p.item, p.metric) for p in arm.fronts}
-    return {one.outcome for one in arm.matched if (one.gain, one.item, one.metric) in planes}
+    return [one for one in arm.matched if (one.gain, one.item, one.metric) in planes]
 
 
 def _size(one: Matched) -> float:
