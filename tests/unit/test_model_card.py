@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import yaml
-from report_records import realistic_records
 
 import forgetless
 from forgetless.adapters.card import CARD, CardFacts, card_text, write_card
@@ -20,6 +19,7 @@ from forgetless.evaluation.results import Sample
 from forgetless.experiments.model_card import card_facts, write_export_card
 from forgetless.experiments.record import Record, save_record
 from forgetless.methods import METHODS, make_method
+from report_records import realistic_records
 from training_setup import adapted
 
 CONFIG: dict[str, Any] = {

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from report_records import item, kl, metric, record
 
 from forgetless.evaluation.pairing import divergence, paired
 from forgetless.experiments.headline import headline
 from forgetless.experiments.record import Record
 from forgetless.experiments.runs import name_runs
 from forgetless.experiments.verdicts import judge
+from report_records import item, kl, metric, record
 
 
 def figures(gain: float, lost: float) -> tuple:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import pytest
-from report_records import item, kl, metric, nll, realistic_records, record, trade_off
 
 from forgetless.escaping import clean
 from forgetless.evaluation.results import Estimate, EvaluationReport, MetricResult, RowValues
@@ -22,6 +21,7 @@ from forgetless.experiments.numbers import (
 from forgetless.experiments.record import Record
 from forgetless.experiments.runs import name_runs
 from forgetless.experiments.verdicts import judge
+from report_records import item, kl, metric, nll, realistic_records, record, trade_off
 
 
 def figures(gain: float, lost: float, half: float = 0.06) -> tuple:
