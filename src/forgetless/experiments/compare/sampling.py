@@ -95,10 +95,10 @@ def combine(function: Callable[..., Array], *figures: Figure) -> Figure:
         of("rows"),
         of("seeds"),
         of("both"),
-        # What does not depend on rows adds no noise of theirs; what is known of one seed leaves the
-        # noise of seeds unknown.
+        # What does not depend on rows adds no noise of theirs. Of what is known of one seed the
+        # noise of seeds is missing; that of the others is still better than none.
         num_rows=min((figure.num_rows for figure in figures if figure.num_rows > 1), default=1),
-        num_seeds=min(figure.num_seeds for figure in figures),
+        num_seeds=min((figure.num_seeds for figure in figures if figure.num_seeds > 1), default=1),
     )
 
 

@@ -178,7 +178,7 @@ def _seeds(arms: Sequence[ArmResult]) -> str:
         for number in sorted(numbers, reverse=True)
     ]
     text = f"At the chosen rate: {'; '.join(parts)}. Intervals are over evaluation rows and seeds"
-    return text + (", and over rows alone where one side has one seed." if single else ".")
+    return text + ("; of what has one seed, the noise of seeds is missing." if single else ".")
 
 
 def _planes(arms: Sequence[ArmResult]) -> list[tuple[str, str, str]]:
