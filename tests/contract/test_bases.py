@@ -6,6 +6,7 @@ import functools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -352,11 +353,15 @@ def test_an_encoder_decoder_cannot_be_evaluated_yet_and_says_what_works(
         forgetless.evaluate(model, tiny_tokenizer, retention=[TEXTS])
 
 
+def collected_again(*arguments: object, **keywords: object) -> NoReturn:
+    raise AssertionError("moments are collected though the cache has them")
+
+
 def test_moments_of_an_encoder_decoder_are_taken_from_the_cache(
     tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = attached("t5", tiny_tokenizer, {"name": "lora-null"}, cache=tmp_path)
-    monkeypatch.setattr("forgetless.calibration.calibrate.collect_moments", None)
+    monkeypatch.setattr("forgetless.calibration.calibrate.collect_moments", collected_again)
     second = attached("t5", tiny_tokenizer, {"name": "lora-null"}, cache=tmp_path)
     expected = get_peft_model_state_dict(first)
     for key, tensor in get_peft_model_state_dict(second).items():

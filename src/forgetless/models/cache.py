@@ -31,5 +31,5 @@ def made_by_one(path: Path | None) -> Iterator[None]:
         if path is not None:
             with contextlib.suppress(OSError, NotImplementedError):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                held.enter_context(FileLock(f"{path}.lock"))
+                held.enter_context(FileLock(path.with_name(f".{path.name}.lock")))
         yield
