@@ -222,3 +222,16 @@ def test_runs_that_cannot_be_compared_and_quick_ones_claim_nothing():
     assert not found.arms
     quick = records[0].model_copy(update={"recipe": {**records[0].recipe, "claims": False}})
     assert compare([quick, records[1]]).title == "Quick runs: nothing is claimed"
+
+
+def test_the_noise_of_seeds_counts_where_lora_has_several_at_its_best_rate_only():
+    # As a sweep has it: one seed at every rate, then more at the best.
+    arms = LORA | {"lora-null": {"method": "lora-null", "factor": 0.5}}
+    noisy, quiet = World(own_noise=0.3), World(own_noise=0.0)
+    widths = []
+    for world in (noisy, quiet):
+        records = world.records(arms, seeds=(0,))
+        records += world.records(arms, rates=(1e-3,), seeds=(1, 2))
+        best = matched(compare(records, resamples=FEW), "lora-null").best
+        widths.append(best.high / best.low)
+    assert widths[0] > 2 * widths[1]
