@@ -215,6 +215,8 @@ def test_a_folder_whose_name_has_other_words_before_its_hash_is_found():
     [
         ({}, "grid, runs: expected one of them at least, got neither"),
         ({"grid": {"seed": []}}, "grid.seed: expected a list of values, got an empty one"),
+        ({"runs": [{"seed": []}]}, "runs.0.seed: expected a list of values, got an empty one"),
+        ({"base": 5, "grid": {"seed": [1]}}, "base: expected a recipe's path or its keys, got 5"),
         (
             {"grid": {"method": ["lora", "lorra"]}},
             "cell method lorra: method: expected one of .* did you mean lora",

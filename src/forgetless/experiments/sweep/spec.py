@@ -7,9 +7,9 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from forgetless.data.validation import validated
+from forgetless.data.validation import shortened, validated
 from forgetless.errors import ForgetlessError, RecipeError
 from forgetless.recipe import give_options_a_place, override_tree
 from forgetless.recipe_yaml import apply_override, quoting_hint, read_yaml, set_value
@@ -67,6 +67,15 @@ class SweepSpec(_Part):
     retries: int = Field(default=1, ge=0)
     ray: RaySpec = RaySpec()
 
+    @field_validator("base", mode="before")
+    @classmethod
+    def _path_or_keys(cls, base: object) -> object:
+        if isinstance(base, str | Path | dict):
+            return base
+        raise RecipeError(
+            f"base: expected a recipe's path or its keys, got {shortened(base)}; give one of them"
+        )
+
     @model_validator(mode="after")
     def _something_to_run(self) -> SweepSpec:
         if not self.grid and not self.runs:
@@ -74,9 +83,14 @@ class SweepSpec(_Part):
                 "grid, runs: expected one of them at least, got neither; for a single recipe there "
                 "is `forgetless run`"
             )
-        for key, values in self.grid.items():
-            if not values:
-                raise RecipeError(f"grid.{key}: expected a list of values, got an empty one")
+        entries = {"grid": self.grid} | {f"runs.{n}": entry for n, entry in enumerate(self.runs)}
+        for place, entry in entries.items():
+            for key, values in entry.items():
+                if values == []:
+                    raise RecipeError(
+                        f"{place}.{key}: expected a list of values, got an empty one; to set a key "
+                        "to an empty list, put it into a list"
+                    )
         for key in self.fixed:
             if varied := _varied_by(self, key):
                 raise RecipeError(
