@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from forgetless.cli.options import Json
-from forgetless.cli.output import print_json, print_summary, print_text
+from forgetless.cli.output import print_json, print_summary, print_text, wrapped
 
 if TYPE_CHECKING:
     from forgetless.experiments.compare import Comparison
@@ -36,7 +36,7 @@ def report(
     held out of training, and against plain LoRA at the same gain.
     """
     from forgetless.experiments.compare import compare, has_several_runs
-    from forgetless.experiments.record_files import records_in
+    from forgetless.experiments.record_files import records_in, unfinished_in
     from forgetless.experiments.report import check_report_file, write_report
     from forgetless.experiments.runs import name_runs
     from forgetless.experiments.tables import figures
@@ -44,6 +44,7 @@ def report(
     if table is None:
         check_report_file(output)
     found = records_in(records)
+    _tell_left_out(unfinished_in(records), len(found))
     compared = compare(found) if has_several_runs(found) else None
     if table is not None:
         print_text(_table(found, compared, table).rstrip("\n"))
@@ -59,6 +60,14 @@ def report(
     else:
         _print_comparison(compared)
     print_text(f"\nReport: {written}")
+
+
+def _tell_left_out(unfinished: list[Path], number: int) -> None:
+    """On standard error, so that tables and JSON stay what they are."""
+    if unfinished:
+        runs = "1 run has" if len(unfinished) == 1 else f"{len(unfinished)} runs have"
+        text = f"{runs} no record yet, beside the {number} reported: {unfinished[0].name}"
+        typer.echo(wrapped("left out", text + (" …" if len(unfinished) > 1 else "")), err=True)
 
 
 def _table(

@@ -9,6 +9,7 @@ from forgetless.errors import ArtefactError
 from forgetless.experiments.record import Record, load_record
 
 _NAME = "record.json"
+_BEGUN = "recipe.yaml"  # what a run writes first
 
 
 def records_in(paths: Sequence[Path]) -> list[Record]:
@@ -24,8 +25,19 @@ def records_in(paths: Sequence[Path]) -> list[Record]:
     return [load_record(file) for path in paths for file in _files(path)]
 
 
+def unfinished_in(paths: Sequence[Path]) -> list[Path]:
+    """Run folders that `records_in` passes over, as they have no record yet."""
+    parents = [file.parent.parent for path in paths for file in _files(path)[:1] if _is_many(path)]
+    begun = [file.parent for parent in parents for file in sorted(parent.glob(f"*/{_BEGUN}"))]
+    return [folder for folder in begun if not (folder / _NAME).exists()]
+
+
+def _is_many(path: Path) -> bool:
+    return path.is_dir() and not (path / _NAME).exists()
+
+
 def _files(path: Path) -> list[Path]:
-    if not path.is_dir() or (path / _NAME).exists():
+    if not _is_many(path):
         return [path / _NAME if path.is_dir() else path]
     for pattern in (f"runs/*/{_NAME}", f"*/{_NAME}"):
         found = sorted(path.glob(pattern))
