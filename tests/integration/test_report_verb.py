@@ -66,12 +66,26 @@ def test_json_holds_the_comparison(sweep, tmp_path, capsys):
     assert arms["lora-null"]["matched"][0]["outcome"] == "kept more"
 
 
-def test_a_folder_without_records_and_the_same_run_twice_are_one_line(sweep, tmp_path, capsys):
+def test_a_folder_without_records_and_two_runs_of_one_cell_are_one_line(sweep, tmp_path, capsys):
     assert status("report", tmp_path) == 2
     assert "expected the folder of a finished run, of several, or of a sweep" in (
         " ".join(capsys.readouterr().err.split())
     )
-    assert status("report", sweep, sweep / "runs" / "run00", "--output", tmp_path / "x.html") == 2
+    assert status("report", sweep, sweep / "runs" / "run00", "--output", tmp_path / "x.html") == 0
+    capsys.readouterr()
+    save_record(World(draw=1).one("lora", 2e-4, 0), tmp_path / "other" / "record.json")
+    assert status("report", sweep, tmp_path / "other", "--output", tmp_path / "x.html") == 2
     assert "expected one record of lora at rate 0.0002 with seed 0, got two" in (
         " ".join(capsys.readouterr().err.split())
     )
+
+
+def test_what_cannot_be_compared_has_its_figures_all_the_same(sweep, tmp_path, capsys):
+    other = World().one("other", 1e-3, 0)
+    model = other.model.model_copy(update={"fingerprint": "other"})
+    save_record(other.model_copy(update={"model": model}), tmp_path / "other" / "record.json")
+    assert status("report", sweep, tmp_path / "other", "--table", "csv") == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert len({row["run"] for row in rows}) == 17
+    assert status("report", sweep, tmp_path / "other", "--output", tmp_path / "x.html") == 0
+    assert "cannot be compared" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from compare_records import RATES, World
@@ -185,10 +186,14 @@ def test_arms_differ_in_all_but_rate_and_seed():
     ]
     decayed = [world.one(key, 1e-3, seed, **arms[key]) for seed, key in enumerate("bc")]
     assert len(arms_of(decayed)) == 1  # two ways to say the same
+    assert len(arms_of([records[0], records[0]])[0].cells[0].records) == 1
+    other = World(draw=1).one("a", 1e-3, 0)
     with pytest.raises(
-        ArtefactError, match=r"one record of lora at rate 0\.001 with seed 0, got two"
+        ArtefactError, match=r"one record of lora at rate 0\.001 with seed 0, got two whose figures"
     ):
-        arms_of([records[0], records[0]])
+        arms_of([records[0], other])
+    saved = [world.one("a", 1e-3, s, recipe={"save_steps": 50 * (s + 1)}) for s in (0, 1)]
+    assert len(arms_of(saved)) == 1  # what changes no adapter makes no other arm
 
 
 def test_arms_that_differ_in_their_preserve_data_are_named_by_it():
@@ -207,6 +212,149 @@ def test_arms_that_differ_in_their_preserve_data_are_named_by_it():
         "lora-null (preserve: self)",
         "lora-null (preserve: qa and self)",
     ]
+
+
+def test_no_two_arms_share_a_name():
+    world = World()
+    good = {"method": "lora-null"}
+    sources = [
+        {"path": "a/qa.jsonl", "limit": 64},
+        {"path": "a/qa.jsonl", "limit": 512},
+        {"path": "b/qa.jsonl", "limit": 64},
+    ]
+    records = world.records(LORA)
+    for place, source in enumerate(sources):
+        records += [
+            one.model_copy(update={"recipe": {**one.recipe, "preserve_data": [source]}})
+            for one in world.records({f"x{place}": {**good, "factor": 0.1 * 10**place}})
+        ]
+    found = compare(records, resamples=FEW)
+    factors = [arm.matched[0].best.value for arm in found.arms if not arm.is_lora]
+    assert len({arm.name for arm in found.arms}) == 4
+    np.testing.assert_allclose(factors, [0.1, 1, 10], rtol=0.2)
+    assert "limit 512" in found.arms[2].name
+
+
+def title(*arms: dict, gain: float = 1.0, **world) -> str:
+    records = World(**world).records({"lora": {"scaled": True, "gain": gain}})
+    records += World(**world).records({one["method"]: one for one in arms})
+    return compare(records, resamples=FEW).title
+
+
+def test_titles_leave_no_method_out_and_say_nothing_that_is_not_so():
+    more = {"method": "eva", "gain": 1.6, "factor": 1.3}
+    assert title(more) == "eva gained more than LoRA ever did, and did not keep more"
+    assert title({"method": "eva", "gain": -1.0}) == "eva gained nothing"
+    assert "gained more than LoRA ever did" in title({"method": "eva", "factor": 0.3}, gain=-0.01)
+    good, bad = {"method": "eva", "factor": 0.1}, {"method": "pissa", "factor": 4.0, "gain": 0.9}
+    assert title(good, bad) == (
+        "eva kept more than plain LoRA at the same gain; plain LoRA kept more than pissa"
+    )
+
+
+def test_what_keeps_more_on_one_set_and_less_on_another_is_said():
+    world = World()
+
+    def both(records, factor):
+        """A second set to be kept, of which `factor` times as much is lost."""
+        return [
+            one.model_copy(
+                update={
+                    "evaluation": _with_further(one.evaluation, factor),
+                    "scaled": [_with_further(report, factor) for report in one.scaled],
+                }
+            )
+            for one in records
+        ]
+
+    records = both(world.records(LORA), 1.0)
+    records += both(world.records({"milora": {"method": "milora", "factor": 0.1}}), 100.0)
+    found = compare(records, resamples=FEW)
+    assert found.title == "milora kept more on some sets and less on others"
+
+
+def _with_further(report, factor):
+    kept = report.items[1]
+    kl = kept.row_values["kl"]
+    further = kept.model_copy(
+        update={
+            "name": "further",
+            "metrics": {
+                "kl": kept.metrics["kl"].model_copy(
+                    update={
+                        "tuned": scaled_estimate(kept.metrics["kl"].tuned, factor),
+                        "change": scaled_estimate(kept.metrics["kl"].change, factor),
+                    }
+                )
+            },
+            "row_values": {
+                "kl": kl.model_copy(update={"tuned": tuple(factor * v for v in kl.tuned)})
+            },
+        }
+    )
+    return report.model_copy(update={"items": (*report.items, further)})
+
+
+def scaled_estimate(one, factor):
+    return one.model_copy(
+        update={"mean": factor * one.mean, "low": factor * one.low, "high": factor * one.high}
+    )
+
+
+def test_one_seed_stands_in_the_title():
+    good = {"lora-null": {"method": "lora-null", "factor": 0.1}}
+    assert compare(World().records(LORA | good, seeds=(0,)), resamples=FEW).title == (
+        "lora-null kept more than plain LoRA at the same gain, by one seed"
+    )
+    mixed = World().records(LORA) + World().records(good, seeds=(0,))
+    assert compare(mixed, resamples=FEW).title == (
+        "lora-null (one seed) kept more than plain LoRA at the same gain"
+    )
+
+
+def test_which_plain_lora_stands_for_all_does_not_hang_on_the_order():
+    world = World()
+    arms = {
+        "small": {"options": {"rank": 8}, "gain": 0.8, "scaled": True},
+        "large": {"scaled": True},
+        "pissa": {"method": "pissa"},
+    }
+    found = [
+        compare(world.records({name: arms[name] for name in order}), resamples=FEW)
+        for order in (("small", "large", "pissa"), ("large", "small", "pissa"))
+    ]
+    assert by_name(found[0])["pissa"].band == by_name(found[1])["pissa"].band
+    for one in found:
+        assert any("lora (rank 32) stands for them" in note for note in one.notes)
+
+
+def test_what_a_run_lacks_is_left_out_aloud():
+    records = World().records(LORA | {"eva": {"method": "eva"}}, seeds=(0,))
+    report = records[0].evaluation.model_copy(update={"items": records[0].evaluation.items[:1]})
+    records[0] = records[0].model_copy(update={"evaluation": report})
+    found = compare(records, resamples=FEW)
+    assert any("Left out: KL on facts; 1 run has no figure of it" in note for note in found.notes)
+    assert all(arm.band is None for arm in found.arms)
+
+
+def test_a_law_is_not_beaten_where_no_other_arm_has_updates_of_that_size():
+    # One curve for all, bent where the third arm lies: only a line through the others shows a gap.
+    arms = {
+        name: {"method": method, "size": size, "factor": factor}
+        for name, method, size, factor in (
+            ("lora", "lora", 10.0, 1.0),
+            ("pissa", "pissa", 14.0, 1.0),
+            ("mica", "mica", 0.15, 0.02),
+        )
+    }
+    arms["lora"]["scaled"] = True
+    found = by_name(compare(World(own_noise=0.02).records(arms), resamples=FEW))["mica"]
+    assert found.residuals[0].factor.high < 0.1
+    assert not found.residuals[0].beats
+
+
+def test_no_records_are_no_comparison():
+    assert compare([]).title == "No runs to compare"
 
 
 def test_figures_survive_json():

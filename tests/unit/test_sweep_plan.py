@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from forgetless.errors import RecipeError
+from forgetless.errors import DataError, RecipeError
 from forgetless.experiments.sweep import SweepSpec, load_sweep, look_at, plan_sweep
 from forgetless.experiments.sweep.cells import cells_of
 from forgetless.experiments.sweep.estimate import cost_of
@@ -98,7 +98,9 @@ def test_fixed_keys_stand_in_place_of_the_bases_and_in_no_label():
             "output": "sweeps/x",
         }
     )
-    for overrides, validation_rows in (([], 2), (["training.validation_rows=3"], 3)):
+    cases = {"training.validation_rows=3": 3, "fixed.training.validation_rows=4": 4}
+    for override, validation_rows in {None: 2, **cases}.items():
+        overrides = [] if override is None else [override]
         runs = plan_sweep(load_sweep(path, overrides)).runs
         assert [run.recipe.training.validation_rows for run in runs] == [validation_rows] * 2
         assert [run.recipe.method for run in runs] == [{"name": "lora", "rank": 4}] * 2
@@ -117,6 +119,7 @@ def test_a_recipe_in_place_of_a_sweep_is_told():
     [
         ({"method.rank": 4}, "fixed.method.rank: expected a key that does not vary, got one that"),
         ({"train_data.3.path": "x"}, "fixed.train_data.3.path"),
+        ({"output": "x"}, "fixed.output: expected no such key in a sweep"),
         ({"training.batchsize": 4}, "batchsize"),
     ],
 )
@@ -152,6 +155,27 @@ def test_the_hash_of_a_known_recipe_stays():
         method={"name": "sc-lora", "beta": 0.6}, training={"learning_rate": 1e-3}, seed=3
     )
     assert run_name(known) == "sc-lora-beta0.6-lr0.001-seed3-48473b5dd9"
+
+
+def test_weight_decay_is_one_run_however_it_is_said():
+    runs = [
+        {"method": "lora"},
+        {"method": "lora", "training.weight_decay": 0},
+        {"method": "lora-wd"},
+        {"method": "lora", "training.weight_decay": 0.3},
+        {"method": "lora-wd", "training.weight_decay": 0.0},
+    ]
+    plan = plan_sweep(spec_of(runs=runs))
+    decays = [run.recipe.training.weight_decay for run in plan.runs]
+    assert decays == [None, 0.3]
+    assert plan.repeated == 3
+
+
+def test_data_that_cannot_be_used_are_told_with_their_cell():
+    Path("empty.jsonl").write_text('{"other": 1}\n')
+    sources = [[{"path": "keep.jsonl", "text": "{t}"}], [{"path": "empty.jsonl", "text": "{t}"}]]
+    with pytest.raises(DataError, match=r"^cell preserve_data .*empty\.jsonl"):
+        plan_sweep(spec_of(grid={"preserve_data": sources, "method": ["lora-null"]}))
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,8 @@ def report(
     found = records_in(records)
     _tell_left_out(unfinished_in(records), len(found))
     compared = compare(found) if has_several_runs(found) else None
+    if compared is not None and not compared.arms:
+        compared = None  # what cannot be compared is told run by run
     if table is not None:
         print_text(_table(found, compared, table).rstrip("\n"))
         return

@@ -63,6 +63,8 @@ def write_report(
         raise ArtefactError("report: expected at least one record, got none; name a run's folder")
     if comparison is None and has_several_runs(records):
         comparison = compare(records)
+    if comparison is not None and not comparison.arms:
+        comparison = None  # nothing can be compared: run by run, then
     page = _render(records, title, comparison)
     try:
         write_atomically(path, page)

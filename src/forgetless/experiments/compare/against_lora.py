@@ -72,19 +72,23 @@ class AgainstLoRA:
             tuned=self._interval(tuned),
             best=self._interval(best),
             beyond=beyond,
-            outcome=self._outcome(gain, best, level),
+            outcome=self._outcome(gain, best, level, beyond=beyond),
         )
 
-    def _outcome(self, gain: Figure, best: Figure, level: float) -> Outcome:
+    def _outcome(self, gain: Figure, best: Figure, level: float, *, beyond: bool) -> Outcome:
         gained = gain.interval(level)
         if gained is None:
             return "unknown"
         if gained[0] <= 0:
             return "gained nothing"
         ends = best.interval(level)
+        if ends is not None and ends[1] < 0:
+            return "kept more"
+        if beyond and (ends is None or ends[0] > 0):
+            return "gained more"  # LoRA is nowhere at its gain
         if ends is None:
             return "unknown"
-        return "kept more" if ends[1] < 0 else "lost more" if ends[0] > 0 else "unclear"
+        return "lost more" if ends[0] > 0 else "unclear"
 
     def _ratio(self, paths: Sequence[Path], gain: Figure, loss: Figure) -> Figure:
         """Log of the ratio of KLs, or the difference of other losses."""

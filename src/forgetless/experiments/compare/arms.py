@@ -12,15 +12,15 @@ from typing import Any
 from forgetless.data.validation import shortened
 from forgetless.errors import ArtefactError
 from forgetless.escaping import one_line
-from forgetless.experiments.output import completed, leaves
+from forgetless.experiments.output import completed, is_free, leaves
 from forgetless.experiments.record import Record
 from forgetless.experiments.runs import beyond_the_loss
 from forgetless.methods import ALL_METHODS
 from forgetless.named import Named
 from forgetless.training.regularisers import REGULARISERS
 
-# What an arm's runs may differ in; the rest makes another arm.
-_NOT_OF_AN_ARM = ("label", "claims", "output", "seed", "training.learning_rate", "evaluation")
+# What an arm's runs may differ in, beside what changes no adapter; the rest makes another arm.
+_NOT_OF_AN_ARM = frozenset({"seed", "training.learning_rate"})
 _SHORT = {"training.weight_decay": "wd", "training.lora_plus_ratio": "LoRA+"}
 
 
@@ -83,7 +83,7 @@ def arms_of(records: Sequence[Record]) -> list[Arm]:
     """Group records, in the order in which their arms are first met; plain LoRA goes first.
 
     Raises:
-        ArtefactError: Two records of one arm, rate and seed.
+        ArtefactError: Two records of one arm, rate and seed with different figures.
     """
     groups: dict[str, list[Record]] = {}
     for record in records:
@@ -111,16 +111,23 @@ def _cells(name: str, records: Sequence[Record]) -> list[Cell]:
     by_rate: dict[float, dict[int, Record]] = defaultdict(dict)
     for record in records:
         cell = by_rate[record.training.learning_rate]
-        if record.seed in cell:
+        first = cell.setdefault(record.seed, record)
+        if _measured(first) != _measured(record):
             raise ArtefactError(
                 f"report: expected one record of {name} at rate "
-                f"{record.training.learning_rate:g} with seed {record.seed}, got two; leave one out"
+                f"{record.training.learning_rate:g} with seed {record.seed}, got two whose figures "
+                "differ; leave one out"
             )
-        cell[record.seed] = record
     return [
         Cell(rate, tuple(by_rate[rate][seed] for seed in sorted(by_rate[rate])))
         for rate in sorted(by_rate)
     ]
+
+
+def _measured(record: Record) -> list[dict[str, Any]]:
+    """Figures that two runs of one recipe have alike."""
+    reports = (record.evaluation, *record.scaled)
+    return [{item.name: item.metrics for item in report.items} for report in reports]
 
 
 def _settings(record: Record) -> dict[str, Any]:
@@ -129,8 +136,7 @@ def _settings(record: Record) -> dict[str, Any]:
     flat = {
         key: value
         for key, value in leaves(recipe).items()
-        if not any(key == part or key.startswith(f"{part}.") for part in _NOT_OF_AN_ARM)
-        and not key.startswith("method")
+        if key not in _NOT_OF_AN_ARM and not is_free(key) and not key.startswith("method")
     }
     flat["method"] = {**record.method, "name": _named(record)}
     flat["training.weight_decay"] = _decay(record)
@@ -168,7 +174,21 @@ def _names(records: Sequence[Record]) -> list[str]:
         keys += [key for s in alike for key in s if key not in own and key not in keys]
         told = ", ".join(_differences(own, dict.fromkeys(keys)))
         names.append(f"{word} ({told})" if told else word)
-    return names
+    return _unique(names, settings)
+
+
+def _unique(names: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Where words are still the same, with every key that differs, and at last with a number."""
+    found: list[str] = []
+    for name, own in zip(names, settings, strict=True):
+        alike = [s for n, s in zip(names, settings, strict=True) if n == name]
+        keys = dict.fromkeys(key for one in alike for key in one)
+        differing = [key for key in keys if any(one.get(key) != own.get(key) for one in alike)]
+        told = ", ".join(f"{key} {shortened(own.get(key))}" for key in differing)
+        full = f"{name}, {told}" if told else name
+        number = sum(other == full or other.startswith(f"{full} #") for other in found)
+        found.append(f"{full} #{number + 1}" if number else full)
+    return found
 
 
 def _differences(own: Mapping[str, Any], keys: Mapping[str, None]) -> list[str]:

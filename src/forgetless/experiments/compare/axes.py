@@ -109,6 +109,26 @@ def loss_axes(runs: Sequence[Run]) -> list[Axis]:
     ]
 
 
+def left_out(runs: Sequence[Run], used: Sequence[Axis]) -> list[str]:
+    """Which metrics are compared nowhere because a run lacks them, in words."""
+    metrics = dict.fromkeys(
+        Axis(item.side, item.name, metric)
+        for run in runs
+        for item in run.record.evaluation.items
+        for metric in item.metrics
+        if (item.side, metric) != ("gain", "kl")
+    )
+    found = []
+    for axis in metrics:
+        lacking = [run.name for run in runs if axis.figure(run.record.evaluation) is None]
+        if axis not in used and lacking:
+            who = "1 run has" if len(lacking) == 1 else f"{len(lacking)} runs have"
+            found.append(
+                f"Left out: {axis.name}; {who} no figure of it, {one_line(lacking[0])} for one."
+            )
+    return found
+
+
 def leading(axes: Sequence[Axis]) -> list[Axis]:
     """The first axis of each item: what is forgotten in one figure."""
     first: dict[str, Axis] = {}

@@ -27,9 +27,9 @@ def band_of(
         losses: What may not be lost.
 
     Returns:
-        None where the arm was not measured, or with a single rate.
+        None where the arm was not measured, nothing was to be kept, or with a single rate.
     """
-    if len(arm.cells) < 2 or figures.of(chosen, gain) is None:
+    if len(arm.cells) < 2 or not losses or figures.of(chosen, gain) is None:
         return None
     limit = chosen if lora is None else lora
 

@@ -7,6 +7,7 @@ with its update scaled down.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
@@ -18,6 +19,7 @@ from forgetless.experiments.compare.axes import (
     further_gains,
     gain_axes,
     leading,
+    left_out,
     loss_axes,
 )
 from forgetless.experiments.compare.bands import band_of
@@ -83,11 +85,24 @@ class _Comparing:
         self.figures = Figures(sampler)
         self.gains, self.further = gain_axes(runs), further_gains(runs)
         self.losses = loss_axes(runs)
-        self.floor = max(_ROUNDING, *(kl_floor(run) for run in runs))
+        self.lacking = left_out(runs, [*self.gains, *self.further, *self.losses])
+        self.floor = max([_ROUNDING, *(kl_floor(run) for run in runs)])
         self.chosen: dict[str, Cell] = {
             arm.name: cell for arm in self.arms if (cell := arm.chosen()) is not None
         }
-        self.lora = next((self.chosen.get(arm.name) for arm in self.arms if arm.is_lora), None)
+        self.lora_arm = self._reference()
+        self.lora = self.chosen.get(self.lora_arm.name) if self.lora_arm else None
+
+    def _reference(self) -> Arm | None:
+        """The plain LoRA, of several, that did best on rows kept out of training."""
+        known = [arm for arm in self.arms if arm.is_lora and arm.name in self.chosen]
+
+        def score(arm: Arm) -> float:
+            cell = self.chosen[arm.name]
+            found = cell.validation_nll(frozenset(cell.seeds))
+            return math.inf if found is None else found
+
+        return min(known, key=score, default=None)
 
     def result(self) -> Comparison:
         laws, residuals = self._laws()
@@ -100,8 +115,13 @@ class _Comparing:
             hypervolumes=volumes,
             title=title_of(arms),
             words=tuple(words_of(arms, laws)),
-            notes=tuple(notes_of(arms, self._level())),
+            notes=tuple([*notes_of(arms, self._level(), self._lora_name()), *self.lacking]),
         )
+
+    def _lora_name(self) -> str | None:
+        """Which one stands for plain LoRA, where there are several."""
+        several = sum(arm.is_lora for arm in self.arms) > 1
+        return self.lora_arm.name if several and self.lora_arm else None
 
     def _arm(
         self,

@@ -76,7 +76,9 @@ def _residual(points: Sequence[_Point], name: str, loss: Axis, floor: float) -> 
     ends = figure.interval()
     x_P, y_P = _logarithms(points)
     scatter = explained(x_P[~own_P], y_P[~own_P])[2]
-    beats = ends is not None and ends[1] < 0 and figure.estimate < -2 * scatter
+    others_P = x_P[~own_P]  # beyond them the line is a guess
+    is_inside = bool(others_P.min() <= x_P[own_P].mean() <= others_P.max())
+    beats = is_inside and ends is not None and ends[1] < 0 and figure.estimate < -2 * scatter
     return LawResidual(
         item=loss.item,
         metric=loss.metric,

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-Outcome = Literal["kept more", "lost more", "unclear", "gained nothing", "unknown"]
+Outcome = Literal["kept more", "lost more", "gained more", "unclear", "gained nothing", "unknown"]
 
 
 class _Value(BaseModel):
@@ -63,7 +63,8 @@ class Matched(_Value):
         best: Against the better of both: what the verdict is by.
         beyond: Whether the arm gains more than LoRA ever does; it is then held against LoRA at its
             largest gain.
-        outcome: Which kept more at the same gain, by intervals for as many comparisons as are made.
+        outcome: Which kept more at the same gain, by intervals for as many comparisons as are made;
+            `gained more` where LoRA never gains as much, and less was not lost.
     """
 
     gain: str
@@ -102,7 +103,8 @@ class LawResidual(_Value):
 
     Attributes:
         factor: KL against what arms with updates of that size lose; 1 is the law.
-        beats: Whether the interval is below 1, and the factor beyond twice the law's scatter.
+        beats: Whether the interval is below 1, the factor beyond twice the law's scatter, and the
+            arm's updates no smaller or larger than those of all others.
     """
 
     item: str

@@ -22,33 +22,78 @@ def title_of(arms: Sequence[ArmResult]) -> str:
     others = [arm for arm in arms if arm.decay is None]
     if not others:
         return "Plain LoRA alone: no method to hold against it"
-    judged = [arm for arm in others if _outcomes(arm)]
-    if not judged:
+    groups = _groups(others)
+    told = {
+        group: _names([_told(arm, arms) for arm in found])
+        for group, found in groups.items()
+        if found
+    }
+    clauses = []
+    if groups["everywhere"]:
+        sets = len(dict.fromkeys((item, metric) for _, item, metric in _planes(arms)))
+        where = f", on all {sets} sets" if sets > 1 else ""
+        clauses.append(f"{told['everywhere']} kept more than plain LoRA at the same gain{where}")
+    if groups["partly"]:
+        clauses.append(
+            f"{told['partly']} on some"
+            if clauses
+            else f"{told['partly']} kept more than plain LoRA at the same gain, on some sets"
+        )
+    if groups["mixed"]:
+        clauses.append(f"{told['mixed']} kept more on some sets and less on others")
+    if groups["lost"]:
+        clauses.append(
+            f"plain LoRA kept more than {told['lost']}"
+            if clauses
+            else f"Plain LoRA wins: no method kept more at the same gain, and {told['lost']} less"
+        )
+    if groups["gained more"]:
+        clauses.append(
+            f"{told['gained more']} gained more than LoRA ever did, and did not keep more"
+        )
+    if groups["unclear"] and not clauses:
+        clauses.append("No method can be told from plain LoRA at the same gain")
+    if groups["gained nothing"] and not clauses:
+        clauses.append(f"{told['gained nothing']} gained nothing")
+    if not clauses:
         return "Nothing can be said: no method could be held against plain LoRA at the same gain"
-    judged.sort(key=_mean_size)
-    outcomes = {arm.name: _outcomes(arm) for arm in judged}
-    everywhere = [name for name, found in outcomes.items() if found == {"kept more"}]
-    partly = [
-        name
-        for name, found in outcomes.items()
-        if "kept more" in found and "lost more" not in found and name not in everywhere
-    ]
-    lost = [
-        name
-        for name, found in outcomes.items()
-        if "lost more" in found and "kept more" not in found
-    ]
-    number = len(dict.fromkeys((item, metric) for _, item, metric in _planes(arms)))
-    where = f", on all {number} sets" if number > 1 else ""
-    less = f"; plain LoRA kept more than {_names(lost)}" if lost else ""
-    if everywhere:
-        also = f"; {_names(partly)} on some" if partly else ""
-        return f"{_names(everywhere)} kept more than plain LoRA at the same gain{where}{also}{less}"
-    if partly:
-        return f"{_names(partly)} kept more than plain LoRA at the same gain, on some sets{less}"
-    if lost:
-        return f"Plain LoRA wins: no method kept more at the same gain, and {_names(lost)} less"
-    return "No method can be told from plain LoRA at the same gain"
+    lora = next(arm for arm in arms if arm.is_lora)
+    return "; ".join(clauses) + (", by one seed" if len(lora.seeds) == 1 else "")
+
+
+def _groups(arms: Sequence[ArmResult]) -> dict[str, list[ArmResult]]:
+    """Arms by what is said of them all in all; those that kept most go first."""
+    found: dict[str, list[ArmResult]] = {
+        name: []
+        for name in (
+            "everywhere",
+            "partly",
+            "mixed",
+            "lost",
+            "gained more",
+            "unclear",
+            "gained nothing",
+            "unknown",
+        )
+    }
+    for arm in sorted((arm for arm in arms if _shown(arm)), key=_mean_size):
+        outcomes = _outcomes(arm)
+        if outcomes == {"kept more"}:
+            group = "everywhere"
+        elif "kept more" in outcomes:
+            group = "mixed" if "lost more" in outcomes else "partly"
+        else:
+            order = ("lost more", "gained more", "unclear", "gained nothing", "unknown")
+            outcome = next(one for one in order if one in outcomes)
+            group = "lost" if outcome == "lost more" else outcome
+        found[group].append(arm)
+    return found
+
+
+def _told(arm: ArmResult, arms: Sequence[ArmResult]) -> str:
+    """Its name, with its one seed where plain LoRA has more."""
+    several = any(other.is_lora and len(other.seeds) > 1 for other in arms)
+    return f"{arm.name} (one seed)" if several and len(arm.seeds) == 1 else arm.name
 
 
 def words_of(arms: Sequence[ArmResult], laws: Sequence[Law]) -> list[str]:
@@ -64,11 +109,17 @@ def words_of(arms: Sequence[ArmResult], laws: Sequence[Law]) -> list[str]:
     return found
 
 
-def notes_of(arms: Sequence[ArmResult], level: float) -> list[str]:
-    """How to read it, and what is missing."""
+def notes_of(arms: Sequence[ArmResult], level: float, lora: str | None) -> list[str]:
+    """How to read it, and what is missing.
+
+    Args:
+        arms: All of them.
+        level: Of the verdicts' intervals.
+        lora: Which arm stands for plain LoRA, where there are several.
+    """
     notes = []
     unchosen = [arm.name for arm in arms if arm.chosen_rate is None]
-    if any(len(arm.rates) > 1 for arm in arms):
+    if any(len(arm.rates) > 1 and arm.chosen_rate is not None for arm in arms):
         notes.append(
             "Each method stands at the rate with the least NLL on rows held out of training; "
             "evaluation rows choose nothing."
@@ -78,13 +129,21 @@ def notes_of(arms: Sequence[ArmResult], level: float) -> list[str]:
             f"No rate is chosen for {_names(unchosen)}: runs without rows kept out of training "
             "for that (training.validation_rows)."
         )
-    notes.append(_seeds(arms))
+    if len(unchosen) < len(arms):
+        notes.append(_seeds(arms))
+    if lora is not None:
+        notes.append(
+            f"Several arms are plain LoRA: at the same gain methods are held against all of them, "
+            f"and {lora} stands for them elsewhere, by the least NLL on rows held out."
+        )
     if any(arm.matched for arm in arms):
         notes.append(
             "At the same gain: plain LoRA with the rate, the weight decay or the factor on ΔW that "
             "gains as much, whichever loses least; interpolated between measured points. Verdicts "
-            f"are by intervals at {100 * level:.4g} %, so that 95 % holds for all of them; those "
-            "shown are at 95 % each."
+            f"are by intervals at {100 * level:.4g} %, so that 95 % holds for all of them, over "
+            "rows, and over seeds where both sides have several: with one, another seed may turn a "
+            "verdict. LoRA has more tries than the method, so that `lost more` is the weaker "
+            "verdict. Intervals shown are at 95 % each."
         )
     if any(arm.is_lora for arm in arms) and not any(arm.decay for arm in arms):
         notes.append(
@@ -96,7 +155,7 @@ def notes_of(arms: Sequence[ArmResult], level: float) -> list[str]:
 
 def _verdicts(arms: Sequence[ArmResult], gain: str, item: str, metric: str) -> list[str]:
     found = [
-        (arm.name, one)
+        (_told(arm, arms), one)
         for arm in arms
         for one in arm.matched
         if (one.gain, one.item, one.metric) == (gain, item, metric)
@@ -110,6 +169,7 @@ def _verdicts(arms: Sequence[ArmResult], gain: str, item: str, metric: str) -> l
     openings: dict[Outcome, str] = {
         "kept more": "kept more",
         "lost more": "lost more",
+        "gained more": "gained more than LoRA and did not keep more",
         "unclear": "cannot be told apart",
         "gained nothing": "gained nothing",
         "unknown": "not known",

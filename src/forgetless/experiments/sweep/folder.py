@@ -15,6 +15,7 @@ from forgetless.atomic import write_atomically
 from forgetless.errors import ArtefactError, RecipeError
 from forgetless.experiments.checks import data_of, measured_files
 from forgetless.experiments.data_files import hash_files
+from forgetless.experiments.model_files import changed_model_files
 from forgetless.experiments.output import SHOWING, completed, differing, plain_recipe
 from forgetless.experiments.record import Record, load_record
 from forgetless.recipe import Recipe
@@ -153,6 +154,8 @@ class FinishedRuns:
         return known[1]
 
     def _has_changed(self, recipe: Recipe, record: Record) -> bool:
+        if changed_model_files(recipe.model, record.model_files):
+            return True
         for spec in (*data_of(recipe), *measured_files(recipe)):
             if spec.path is None or not spec.path.expanduser().exists():
                 continue

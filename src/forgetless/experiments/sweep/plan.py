@@ -78,7 +78,7 @@ def plan_sweep(spec: SweepSpec, *, allow_task_code: bool = False) -> Plan:
             raise RecipeError(f"cell {cell}: {failure}") from None
         first = runs.setdefault(planned.name, planned)
         _refuse_other_measures(first, planned)
-    _check_data([run.recipe for run in runs.values()], allow_task_code=allow_task_code)
+    _check_data(list(runs.values()), allow_task_code=allow_task_code)
     return Plan(spec, folder, tuple(runs.values()), repeated=len(cells) - len(runs))
 
 
@@ -116,14 +116,18 @@ def _refuse_other_measures(first: PlannedRun, other: PlannedRun) -> None:
         )
 
 
-def _check_data(recipes: Sequence[Recipe], *, allow_task_code: bool) -> None:
+def _check_data(runs: Sequence[PlannedRun], *, allow_task_code: bool) -> None:
     """Each combination of sources once: a sweep repeats few of them many times."""
     seen: set[str] = set()
-    for recipe in recipes:
-        tree = plain_recipe(recipe)
+    for run in runs:
+        tree = plain_recipe(run.recipe)
         parts = ("train_data", "preserve_data", "evaluation")
         described = repr([*(tree[part] for part in parts), tree["training"]["report_to"]])
-        if described not in seen:
-            seen.add(described)
-            check_before_loading(recipe)
-            check_tasks(recipe, allow_task_code=allow_task_code)
+        if described in seen:
+            continue
+        seen.add(described)
+        try:
+            check_before_loading(run.recipe)
+            check_tasks(run.recipe, allow_task_code=allow_task_code)
+        except ForgetlessError as failure:
+            raise type(failure)(f"cell {run.cell}: {failure}") from None

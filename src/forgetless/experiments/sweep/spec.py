@@ -92,6 +92,10 @@ class SweepSpec(_Part):
                         "to an empty list, put it into a list"
                     )
         for key in self.fixed:
+            if key in ("output", "claims"):
+                raise RecipeError(
+                    f"fixed.{key}: expected no such key in a sweep; it names its folders itself"
+                )
             if varied := _varied_by(self, key):
                 raise RecipeError(
                     f"fixed.{key}: expected a key that does not vary, got one that the sweep sets "
@@ -150,16 +154,16 @@ def _key(override: str) -> str:
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
-    """As `apply_override`; behind `grid.` stands one recipe key, dots and all."""
-    key = _key(override)
-    if not key.startswith("grid."):
+    """As `apply_override`; behind `grid.` and `fixed.` stands one recipe key, dots and all."""
+    part, _, key = _key(override).partition(".")
+    if part not in ("grid", "fixed") or not key:
         apply_override(tree, override)
         return
-    varied: dict[str, Any] = {}
-    apply_override(varied, f"value={override.partition('=')[2]}")
-    grid = tree.setdefault("grid", {})
-    if isinstance(grid, dict):
-        grid[key.removeprefix("grid.")] = varied["value"]
+    found: dict[str, Any] = {}
+    apply_override(found, f"value={override.partition('=')[2]}")
+    keys = tree.setdefault(part, {})
+    if isinstance(keys, dict):
+        keys[key] = found["value"]
 
 
 def _refuse_varied(spec: SweepSpec, overrides: Sequence[str]) -> None:
