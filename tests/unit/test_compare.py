@@ -281,10 +281,7 @@ def _with_further(report, factor):
             "name": "further",
             "metrics": {
                 "kl": kept.metrics["kl"].model_copy(
-                    update={
-                        "tuned": scaled_estimate(kept.metrics["kl"].tuned, factor),
-                        "change": scaled_estimate(kept.metrics["kl"].change, factor),
-                    }
+                    update={"tuned": _times(kept.metrics["kl"].tuned, factor)}
                 )
             },
             "row_values": {
@@ -295,7 +292,7 @@ def _with_further(report, factor):
     return report.model_copy(update={"items": (*report.items, further)})
 
 
-def scaled_estimate(one, factor):
+def _times(one, factor):
     return one.model_copy(
         update={"mean": factor * one.mean, "low": factor * one.low, "high": factor * one.high}
     )
