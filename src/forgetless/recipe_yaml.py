@@ -54,6 +54,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path}: expected UTF-8 text ({failure.reason})") from None
     except OSError as failure:
         raise RecipeError(f"{path}: could not be read ({failure.strerror})") from None
+    except ValueError as failure:  # no path at all: a NUL in it
+        raise RecipeError(f"{str(path)!r}: could not be read ({failure})") from None
     except yaml.YAMLError as failure:
         raise RecipeError(f"{path}: {_yaml_fault(failure)}") from None
     if tree is None:

@@ -7,6 +7,7 @@ import pytest
 
 from compare_records import RATES, World
 from forgetless.errors import ArtefactError
+from forgetless.evaluation.pairing import paired
 from forgetless.experiments.compare import Comparison, compare
 from forgetless.experiments.compare.arms import arms_of
 
@@ -380,3 +381,64 @@ def test_the_noise_of_seeds_counts_where_lora_has_several_at_its_best_rate_only(
         best = matched(compare(records, resamples=FEW), "lora-null").best
         widths.append(best.high / best.low)
     assert widths[0] > 2 * widths[1]
+
+
+def test_what_lora_did_not_lose_is_judged_too():
+    def shifted(records, by):
+        """A set of which LoRA loses nothing, by a metric that may be negative."""
+        return [
+            one.model_copy(update={"evaluation": _with_answers(one.evaluation, by)})
+            for one in records
+        ]
+
+    good = {"eva": {"method": "eva", "factor": 0.1}}
+    records = shifted(World().records(LORA), -0.001) + shifted(World().records(good), 0.3)
+    found = compare(records, resamples=FEW)
+    assert found.title == "eva kept more on some sets and less on others"
+    assert any("NLL on answers" in text and "lost more: eva" in text for text in found.words)
+
+
+def _with_answers(report, lost):
+    noise = np.random.default_rng(3).normal(0, 0.01, 120)
+    nll = paired("nll", np.ones(120), 1 + lost + noise)
+    further = report.items[1].model_copy(
+        update={
+            "name": "answers",
+            "metrics": {"nll": nll.result},
+            "row_values": {"nll": nll.by_row},
+        }
+    )
+    return report.model_copy(update={"items": (*report.items, further)})
+
+
+def test_a_run_that_diverged_is_chosen_nowhere_and_breaks_nothing():
+    good = {"eva": {"method": "eva", "factor": 0.1}}
+    records = World().records(LORA | good)
+    nan = float("nan")
+    place = next(i for i, r in enumerate(records) if r.method["name"] == "eva")
+    one = records[place]
+    training = one.training.model_copy(update={"validation_nll": nan})
+    records[place] = one.model_copy(
+        update={"training": training, "evaluation": _with_kl(one.evaluation, nan)}
+    )
+    assert by_name(compare(records, resamples=FEW))["eva"].chosen_rate == 1e-3
+
+
+def _with_kl(report, value):
+    kept = report.items[1]
+    kl = kept.metrics["kl"]
+    tuned = kl.tuned.model_copy(update={"mean": value, "low": value, "high": value})
+    metrics = {"kl": kl.model_copy(update={"tuned": tuned})}
+    return report.model_copy(
+        update={"items": (report.items[0], kept.model_copy(update={"metrics": metrics}))}
+    )
+
+
+def test_scales_that_some_seeds_lack_are_left_out_aloud():
+    records = World().records(LORA | {"eva": {"method": "eva"}})
+    records[0] = records[0].model_copy(update={"scaled": []})
+    notes = compare(records, resamples=FEW).notes
+    assert (
+        "Left out: lora at rate 0.0002 with ΔW times 0.25, 0.5 and 0.75, which some seeds lack."
+        in notes
+    )

@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compare_records import World
+from forgetless.errors import ArtefactError
+from forgetless.experiments.compare import compare
 from forgetless.experiments.compare.arms import arms_of
 from forgetless.experiments.compare.axes import Axis
 from forgetless.experiments.compare.figures import Figures, interval_of
@@ -111,7 +113,7 @@ def test_what_two_figures_share_cancels_in_their_difference():
     assert figures[0].interval()[1] - figures[0].interval()[0] > 0.5 * figures[0].estimate
 
 
-def test_with_one_seed_only_rows_are_drawn_and_with_neither_nothing_is_known():
+def test_with_one_seed_only_rows_are_drawn_and_where_they_are_not_known_as_wide_as_the_mean():
     world, axis = World(), Axis("retention", "facts", "kl")
     record = world.records({"lora": {}}, rates=(1e-3,), seeds=(0,))[0]
     figure = Sampler(200).figure([record.evaluation], [0], axis)
@@ -122,6 +124,61 @@ def test_with_one_seed_only_rows_are_drawn_and_with_neither_nothing_is_known():
             "items": tuple(i.model_copy(update={"row_values": {}}) for i in record.evaluation.items)
         }
     )
-    assert Sampler(200).figure([bare], [0], axis).interval() is None
-    pair = Sampler(200).figure([bare, bare], [0, 1], axis)
-    assert pair.interval() == pytest.approx((own.mean, own.mean))
+    for reports in ([bare], [bare, bare]):
+        found = Sampler(1000).figure(reports, range(len(reports)), axis).interval()
+        assert found == pytest.approx((own.low, own.high), rel=0.15)
+    single = bare.model_copy(update={"items": tuple(map(_of_one_row, bare.items))})
+    assert Sampler(200).figure([single], [0], axis).interval() is None
+
+
+def _of_one_row(item):
+    metrics = {
+        name: one.model_copy(
+            update={
+                "tuned": one.tuned.model_copy(
+                    update={"n": 1, "low": one.tuned.mean, "high": one.tuned.mean}
+                )
+            }
+        )
+        for name, one in item.metrics.items()
+    }
+    return item.model_copy(update={"metrics": metrics})
+
+
+def test_records_without_figures_by_row_decide_nothing_between_equals():
+    # As of groups of lm-eval tasks: 50 rows, right or wrong, and as many of either.
+    decided = 0
+    for draw in range(20):
+        world = World(draw=draw, own_noise=0.4)
+        arms = {"lora": {"scaled": True}, "milora": {"method": "milora"}}
+        records = [
+            one.model_copy(
+                update={
+                    "evaluation": _without_rows(one.evaluation),
+                    "scaled": [_without_rows(report) for report in one.scaled],
+                }
+            )
+            for one in world.records(arms, rates=(1e-3,), seeds=(0,))
+        ]
+        found = {arm.name: arm for arm in compare(records, resamples=200).arms}
+        decided += found["milora"].matched[0].outcome != "unclear"
+    assert decided <= 3
+
+
+def _without_rows(report):
+    """KL with an interval of a factor of three either way."""
+    kept = report.items[1]
+    kl = kept.metrics["kl"]
+    wide = kl.tuned.model_copy(update={"low": kl.tuned.mean / 3, "high": kl.tuned.mean * 3})
+    kept = kept.model_copy(
+        update={"row_values": {}, "metrics": {"kl": kl.model_copy(update={"tuned": wide})}}
+    )
+    return report.model_copy(update={"items": (report.items[0], kept)})
+
+
+def test_other_numbers_of_rows_are_refused():
+    axis, sampler = Axis("retention", "facts", "kl"), Sampler(50)
+    few, many = (World(rows=n).records({"lora": {}}, rates=(1e-3,))[0] for n in (50, 60))
+    sampler.figure([few.evaluation], [0], axis)
+    with pytest.raises(ArtefactError, match="expected as many rows in every record, got 50 and 60"):
+        sampler.figure([many.evaluation], [0], axis)

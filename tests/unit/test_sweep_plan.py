@@ -58,13 +58,13 @@ def test_a_grid_is_every_combination_and_each_entry_of_runs_a_grid_of_its_own():
     found = [(r.recipe.method, r.recipe.seed, r.recipe.training.learning_rate) for r in runs]
     sc_lora = {"name": "sc-lora", "beta": 0.6}
     assert found == [
-        ({"name": "lora"}, 0, None),
-        ({"name": "lora"}, 1, None),
-        (sc_lora, 0, None),
-        (sc_lora, 1, None),
+        ({"name": "lora"}, 0, 2e-4),  # the method's own rate
+        ({"name": "lora"}, 1, 2e-4),
+        (sc_lora, 0, 5e-5),
+        (sc_lora, 1, 5e-5),
         ({"name": "milora"}, 0, 1e-3),
         ({"name": "milora"}, 0, 2e-3),
-        ({"name": "lora"}, 7, None),
+        ({"name": "lora"}, 7, 2e-4),
     ]
 
 
@@ -150,11 +150,26 @@ def test_labels_say_what_varies():
 
 def test_the_hash_of_a_known_recipe_stays():
     # A folder of an earlier version is found again only while these hold.
-    assert run_hash(recipe_of()) == "41a78617c9"
+    assert run_hash(recipe_of()) == "e08d9fc06c"
     known = recipe_of(
         method={"name": "sc-lora", "beta": 0.6}, training={"learning_rate": 1e-3}, seed=3
     )
     assert run_name(known) == "sc-lora-beta0.6-lr0.001-seed3-48473b5dd9"
+
+
+def test_a_rate_that_is_not_given_is_the_methods_own():
+    runs = [{"method": "sc-lora"}, {"method": "sc-lora", "training.learning_rate": 5e-5}]
+    assert plan_sweep(spec_of(runs=runs)).repeated == 1
+
+
+def test_a_sweep_that_was_killed_as_it_began_goes_on():
+    spec = spec_of(grid={"seed": [0, 1]})
+    Path("sweeps/x").mkdir(parents=True)
+    Path("sweeps/x/.sweep.yaml.123.tmp").write_text("half")
+    plan = plan_sweep(spec)
+    plan.folder.claim(resolved(plan))
+    assert {p.name for p in Path("sweeps/x").iterdir()} >= {"sweep.yaml", "runs", "work"}
+    plan_sweep(spec)
 
 
 def test_weight_decay_is_one_run_however_it_is_said():

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from forgetless.experiments.record import Record
 
 _WIDTH = 80
+_MOST_TOLD = 5
 
 
 def report(
@@ -36,15 +37,16 @@ def report(
     held out of training, and against plain LoRA at the same gain.
     """
     from forgetless.experiments.compare import compare, has_several_runs
-    from forgetless.experiments.record_files import records_in, unfinished_in
+    from forgetless.experiments.record_files import find_records
     from forgetless.experiments.report import check_report_file, write_report
     from forgetless.experiments.runs import name_runs
     from forgetless.experiments.tables import figures
 
     if table is None:
         check_report_file(output)
-    found = records_in(records)
-    _tell_left_out(unfinished_in(records), len(found))
+    under = find_records(records)
+    _tell_left_out(under.left_out)
+    found = under.records
     compared = compare(found) if has_several_runs(found) else None
     if compared is not None and not compared.arms:
         compared = None  # what cannot be compared is told run by run
@@ -64,12 +66,12 @@ def report(
     print_text(f"\nReport: {written}")
 
 
-def _tell_left_out(unfinished: list[Path], number: int) -> None:
-    """On standard error, so that tables and JSON stay what they are."""
-    if unfinished:
-        runs = "1 run has" if len(unfinished) == 1 else f"{len(unfinished)} runs have"
-        text = f"{runs} no record yet, beside the {number} reported: {unfinished[0].name}"
-        typer.echo(wrapped("left out", text + (" …" if len(unfinished) > 1 else "")), err=True)
+def _tell_left_out(lines: list[str]) -> None:
+    """On standard error, so that tables and JSON stay what they are; the first few of them."""
+    for line in lines[:_MOST_TOLD]:
+        typer.echo(wrapped("left out", line), err=True)
+    if len(lines) > _MOST_TOLD:
+        typer.echo(wrapped("", f"and {len(lines) - _MOST_TOLD} more"), err=True)
 
 
 def _table(

@@ -75,7 +75,6 @@ def _show_plan(status: SweepStatus, *, as_json: bool) -> None:
     from forgetless.experiments.sweep.sharing import shared_by
 
     plan, count = status.plan, status.count()
-    status.slots = plan.spec.processes
     cost, shared = cost_of(status), shared_by(plan.runs)
     if as_json:
         print_json(_as_values(status) | {"cost": asdict(cost), "shared": asdict(shared)})
@@ -85,6 +84,7 @@ def _show_plan(status: SweepStatus, *, as_json: bool) -> None:
     repeats = f"; {repeated}" if plan.repeated else ""
     before = ", ".join(f"{count[s]} {s}" for s in ("done", "running", "failed") if count[s])
     print_text("")
+    room = ", less where the cluster has room for more" if plan.spec.executor == "ray" else ""
     lines = {
         "runs": f"{len(plan.runs)} in {plan.folder.path}{repeats}",
         "before": before or "nothing yet",
@@ -92,7 +92,7 @@ def _show_plan(status: SweepStatus, *, as_json: bool) -> None:
         "to do": _work_in_words(cost),
         "time": "none"
         if not cost.runs
-        else f"about {duration(cost.seconds)} with {plan.spec.processes} at a time, {cost.source}"
+        else f"about {duration(cost.seconds)} with {status.slots} at a time{room}, {cost.source}"
         if cost.seconds is not None
         else cost.source,
     }

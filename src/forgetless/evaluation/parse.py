@@ -34,7 +34,7 @@ def parse_items(
     found: list[tuple[Side, EvaluationItem]] = []
     names: set[str] = set()
     for side, entries in sides:
-        if isinstance(entries, str | Mapping | DataSpec):
+        if isinstance(entries, str | Mapping | DataSpec) or not isinstance(entries, Sequence):
             raise RecipeError(
                 f"{side}: expected a list of evaluation items, got one {type(entries).__name__}; "
                 f"put it in a list"

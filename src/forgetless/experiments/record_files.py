@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from forgetless.errors import ArtefactError
@@ -12,24 +13,46 @@ _NAME = "record.json"
 _BEGUN = "recipe.yaml"  # what a run writes first
 
 
-def records_in(paths: Sequence[Path]) -> list[Record]:
-    """Read the records of runs, in the order of the paths; those of a folder by name.
+@dataclass(frozen=True)
+class FoundRecords:
+    """What lies under some paths.
+
+    Attributes:
+        records: In the order of the paths; those of a folder by name.
+        left_out: One line for each run of a folder that has no record yet, or a damaged one.
+    """
+
+    records: list[Record]
+    left_out: list[str]
+
+
+def find_records(paths: Sequence[Path]) -> FoundRecords:
+    """Read the records of runs.
 
     Args:
-        paths: A record, a run's folder, a folder of such folders, or the folder of a sweep, whose
-            unfinished runs have no record yet and are passed over.
+        paths: A record, a run's folder, a folder of such folders, or the folder of a sweep.
 
     Raises:
-        ArtefactError: A path that holds no record, or a record that is damaged.
+        ArtefactError: A path that holds no record, or that names a record that is damaged.
     """
-    return [load_record(file) for path in paths for file in _files(path)]
-
-
-def unfinished_in(paths: Sequence[Path]) -> list[Path]:
-    """Run folders that `records_in` passes over, as they have no record yet."""
-    parents = [file.parent.parent for path in paths for file in _files(path)[:1] if _is_many(path)]
-    begun = [file.parent for parent in parents for file in sorted(parent.glob(f"*/{_BEGUN}"))]
-    return [folder for folder in begun if not (folder / _NAME).exists()]
+    records: list[Record] = []
+    left_out: list[str] = []
+    for path in paths:
+        files = _files(path)
+        if not _is_many(path):
+            records += [load_record(file) for file in files]
+            continue
+        begun = {file.parent for file in files[0].parent.parent.glob(f"*/{_BEGUN}")}
+        for folder in sorted(begun - {file.parent for file in files}):
+            left_out.append(f"{folder}: no record yet")
+        for file in files:
+            try:
+                records.append(load_record(file))
+            except ArtefactError as error:
+                left_out.append(str(error))
+    if not records:
+        raise ArtefactError(left_out[0] if left_out else "report: expected a run, got no path")
+    return FoundRecords(records, left_out)
 
 
 def _is_many(path: Path) -> bool:

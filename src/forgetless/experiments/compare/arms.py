@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -76,7 +77,12 @@ class Arm:
         known = [score for score in scores if score is not None]
         if len(known) < len(scores):
             return None
-        return self.cells[scores.index(min(known))]
+        return min(zip(known, self.cells, strict=True), key=lambda pair: _ranked(pair[0]))[1]
+
+
+def _ranked(nll: float) -> float:
+    """A run that diverged is the worst."""
+    return nll if math.isfinite(nll) else math.inf
 
 
 def arms_of(records: Sequence[Record]) -> list[Arm]:
@@ -116,7 +122,8 @@ def _cells(name: str, records: Sequence[Record]) -> list[Cell]:
             raise ArtefactError(
                 f"report: expected one record of {name} at rate "
                 f"{record.training.learning_rate:g} with seed {record.seed}, got two whose figures "
-                "differ; leave one out"
+                f"differ ({first.recipe.get('output')}, {record.recipe.get('output')}); leave one "
+                "out"
             )
     return [
         Cell(rate, tuple(by_rate[rate][seed] for seed in sorted(by_rate[rate])))

@@ -5,6 +5,7 @@ A gain is turned so that more is better, a loss so that more is worse. KL is a l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,11 +45,12 @@ class Axis:
         return f"{metric_name(self.metric)} on {one_line(self.item)}"
 
     def figure(self, report: EvaluationReport) -> Estimate | None:
-        """Gain or loss with its interval over rows; None where it was not measured."""
+        """Gain or loss with its interval over rows; None where it was not measured, or is NaN."""
         result = metric_of(report, self.item, self.side, self.metric)
         if result is None:
             return None
-        return improvement(result) if self.side == "gain" else loss(result)
+        found = improvement(result) if self.side == "gain" else loss(result)
+        return found if found is not None and math.isfinite(found.mean) else None
 
     def by_row(
         self, report: EvaluationReport

@@ -23,7 +23,13 @@ from forgetless.experiments.compare.axes import (
     loss_axes,
 )
 from forgetless.experiments.compare.bands import band_of
-from forgetless.experiments.compare.figures import Figures, interval_of, scales_of
+from forgetless.experiments.compare.figures import (
+    Figures,
+    interval_of,
+    lora_family,
+    scales_of,
+    scales_of_some,
+)
 from forgetless.experiments.compare.fronts import fronts_of
 from forgetless.experiments.compare.laws import law_of
 from forgetless.experiments.compare.results import (
@@ -115,8 +121,28 @@ class _Comparing:
             hypervolumes=volumes,
             title=title_of(arms),
             words=tuple(words_of(arms, laws)),
-            notes=tuple([*notes_of(arms, self._level(), self._lora_name()), *self.lacking]),
+            notes=tuple(
+                [
+                    *notes_of(arms, self._level(), self._lora_name(), self._fewest_seeds()),
+                    *self.lacking,
+                    *self._scales_left_out(),
+                ]
+            ),
         )
+
+    def _fewest_seeds(self) -> int:
+        """Of plain LoRA and LoRA with decay, at any rate: what methods are held against."""
+        family = lora_family(self.arms)
+        return min((len(cell.seeds) for arm in family for cell in arm.cells), default=0)
+
+    def _scales_left_out(self) -> list[str]:
+        return [
+            f"Left out: {arm.name} at rate {cell.rate:g} with ΔW times "
+            f"{join_words([f'{scale:g}' for scale in found])}, which some seeds lack."
+            for arm in self.arms
+            for cell in arm.cells
+            if (found := scales_of_some(cell))
+        ]
 
     def _lora_name(self) -> str | None:
         """Which one stands for plain LoRA, where there are several."""

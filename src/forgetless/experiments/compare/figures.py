@@ -60,6 +60,12 @@ def scales_of(cell: Cell) -> list[float]:
     return sorted(set.intersection(*sets))
 
 
+def scales_of_some(cell: Cell) -> list[float]:
+    """Scales that some runs of a cell were measured at and others were not."""
+    found = {one.scale for record in cell.records for one in record.scaled}
+    return sorted(found - set(scales_of(cell)))
+
+
 def interval_of(figure: Figure, cell: Cell | None = None, axis: Axis | None = None) -> Interval:
     """A figure with its 95 % interval.
 

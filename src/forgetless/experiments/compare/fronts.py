@@ -44,8 +44,10 @@ def fronts_of(
     points = {arm.name: _points(figures, arm, gain, loss) for arm, _ in chosen}
     most_gain = max(g.estimate for pairs in points.values() for g, _ in pairs)
     limit = figures.of(lora, loss) if lora is not None else None
-    most_loss = limit.estimate if limit is not None else float(losses_A.max())
-    if not most_gain > 0 or not most_loss > 0:
+    # LoRA's loss; where it lost nothing, the largest; where nobody did, the width does not matter.
+    widths = ([limit.estimate] if limit is not None else []) + [float(losses_A.max()), 1.0]
+    most_loss = next(width for width in widths if width > 0)
+    if not most_gain > 0:
         return None
 
     def area(pairs: Sequence[tuple[Figure, Figure]]) -> Figure:

@@ -25,11 +25,12 @@ from numpy.typing import NDArray
 from scipy.special import stdtrit
 
 from forgetless.errors import ArtefactError
-from forgetless.evaluation.results import EvaluationReport
+from forgetless.evaluation.results import Estimate, EvaluationReport
 from forgetless.experiments.compare.axes import Axis
 
 Array = NDArray[np.float64]
 RESAMPLES = 1000
+_NORMAL = 1.959964  # half of a 95 % interval, in standard deviations
 _MOST_MISSING = 0.2  # resamples in which a figure may not exist
 
 
@@ -42,7 +43,7 @@ class Figure:
         rows: (K,), other rows.
         seeds: (K,), other seeds.
         both: (K,), other rows and seeds.
-        num_rows: 1 where no figures by row are known: rows then add no noise.
+        num_rows: 1 where rows add no noise.
         num_seeds: 1 says that nothing is known of other seeds.
     """
 
@@ -108,6 +109,8 @@ class Sampler:
     def __init__(self, resamples: int = RESAMPLES, seed: int = 0) -> None:
         self._resamples, self._seed = resamples, seed
         self._drawn: dict[tuple[str, int], Array] = {}
+        self._rows: dict[Axis, int] = {}
+        self._unpaired = 0  # figures without rows so far
 
     def figure(
         self, reports: Sequence[EvaluationReport], seeds: Sequence[int], axis: Axis
@@ -132,14 +135,33 @@ class Sampler:
                 f"{' and '.join(map(str, sorted(lengths)))}; measure all runs on the same rows"
             )
         if not lengths or any(one is None for one in by_row):
-            drawn_SK = np.repeat(means_S[:, None], self._resamples, 1)
-            return self._over_seeds(means_S, drawn_SK, seeds, num_rows=1)
+            known = [one for one in found if one is not None]
+            if len(known) < len(found):
+                raise ArtefactError(f"{axis.name}: expected a figure of every run")
+            drawn_SK = self._without_rows(known, axis)
+            number = min(one.n for one in known)
+            return self._over_seeds(means_S, drawn_SK, seeds, num_rows=number)
         rows = lengths.pop()
+        if self._rows.setdefault(axis, rows) != rows:
+            raise ArtefactError(
+                f"{axis.name}: expected as many rows in every record, got {self._rows[axis]} and "
+                f"{rows}; measure all runs on the same rows"
+            )
         times_KN = self._times(axis.item, rows)
         drawn_SK = np.stack(
             [times_KN @ (w_N * v_N) / (times_KN @ w_N) for v_N, w_N in filter(None, by_row)]
         )
         return self._over_seeds(means_S, drawn_SK, seeds, num_rows=rows)
+
+    def _without_rows(self, found: Sequence[Estimate], axis: Axis) -> Array:
+        """Draws (S, K) of means by their own intervals, where the rows are not known.
+
+        One row is hard for all seeds, so that these share their draws; other figures do not.
+        """
+        self._unpaired += 1
+        generator = np.random.default_rng([self._seed, self._unpaired])
+        normal_K = generator.standard_normal(self._resamples)
+        return np.stack([_by_interval(one, normal_K, axis) for one in found])
 
     def constant(self, values: Sequence[float], seeds: Sequence[int]) -> Figure:
         """The mean over seeds of what does not depend on evaluation rows, such as F_Δ."""
@@ -170,6 +192,14 @@ class Sampler:
             drawn = generator.multinomial(number, np.full(number, 1 / number), self._resamples)
             self._drawn[key] = drawn.astype(np.float64)
         return self._drawn[key]
+
+
+def _by_interval(one: Estimate, normal_K: Array, axis: Axis) -> Array:
+    """As wide as the estimate's interval; a KL by its logarithm."""
+    if axis.is_divergence and one.low > 0:
+        width = math.log(one.high / one.low) / (2 * _NORMAL)
+        return np.asarray(one.mean * np.exp(width * normal_K))
+    return np.asarray(one.mean + (one.high - one.low) / (2 * _NORMAL) * normal_K)
 
 
 def _variance(draws_K: Array) -> float:

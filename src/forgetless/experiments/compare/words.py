@@ -109,13 +109,16 @@ def words_of(arms: Sequence[ArmResult], laws: Sequence[Law]) -> list[str]:
     return found
 
 
-def notes_of(arms: Sequence[ArmResult], level: float, lora: str | None) -> list[str]:
+def notes_of(
+    arms: Sequence[ArmResult], level: float, lora: str | None, fewest_seeds: int
+) -> list[str]:
     """How to read it, and what is missing.
 
     Args:
         arms: All of them.
         level: Of the verdicts' intervals.
         lora: Which arm stands for plain LoRA, where there are several.
+        fewest_seeds: Of LoRA's family, at any rate.
     """
     notes = []
     unchosen = [arm.name for arm in arms if arm.chosen_rate is None]
@@ -137,13 +140,15 @@ def notes_of(arms: Sequence[ArmResult], level: float, lora: str | None) -> list[
             f"and {lora} stands for them elsewhere, by the least NLL on rows held out."
         )
     if any(arm.matched for arm in arms):
+        most = max((len(arm.seeds) for arm in arms if arm.decay is not None), default=0)
+        other_rates = " (LoRA has one seed at other rates)" if fewest_seeds == 1 < most else ""
         notes.append(
             "At the same gain: plain LoRA with the rate, the weight decay or the factor on ΔW that "
             "gains as much, whichever loses least; interpolated between measured points. Verdicts "
             f"are by intervals at {100 * level:.4g} %, so that 95 % holds for all of them, over "
             "rows, and over seeds where both sides have several: with one, another seed may turn a "
-            "verdict. LoRA has more tries than the method, so that `lost more` is the weaker "
-            "verdict. Intervals shown are at 95 % each."
+            f"verdict{other_rates}. LoRA has more tries than the method, so that `lost more` is "
+            "the weaker verdict. Intervals shown are at 95 % each."
         )
     if any(arm.is_lora for arm in arms) and not any(arm.decay for arm in arms):
         notes.append(
@@ -221,9 +226,10 @@ def _bands(arms: Sequence[ArmResult]) -> list[str]:
             parts.append(f"{arm.name} {arm.band.low:g} alone")
         else:
             parts.append(f"{arm.name} {arm.band.low:g} to {arm.band.high:g}")
+    limit = "plain LoRA at its own" if any(arm.is_lora for arm in arms) else "at the chosen one"
+    most = f"{100 * MOST_OF_THE_GAIN:.0f} %"
     return [
-        f"Rates that keep {100 * MOST_OF_THE_GAIN:.0f} % of the gain and lose no more than plain "
-        f"LoRA at its own: {'; '.join(parts)}."
+        f"Rates that keep {most} of the gain and lose no more than {limit}: {'; '.join(parts)}."
     ]
 
 

@@ -72,7 +72,9 @@ class SweepProgress:
 def look_at(plan: Plan, finished: FinishedRuns | None = None) -> SweepStatus:
     """Where a sweep is, by what lies in its folder; nothing is started."""
     known = finished or FinishedRuns()
-    status = SweepStatus(plan, [RunStatus(run) for run in plan.runs])
+    # What a cluster has room for is not known before it is asked.
+    slots = _local(plan).slots if plan.spec.executor == "local" else plan.spec.processes
+    status = SweepStatus(plan, [RunStatus(run) for run in plan.runs], slots)
     for one in status.runs:
         record = known.record(one.run.files, one.run.recipe)
         if record is not None:
@@ -200,7 +202,9 @@ class _Drive:
         if self._is_done(one):
             return
         if ended.how not in ("done", "failed"):
-            one.run.files.fail(f"{ended.how}; its log: {one.run.files.log}", can_be_retried=True)
+            one.run.files.fail(
+                f"{ended.how}; its log: {one.run.files.log}", can_be_retried=not ended.is_final
+            )
         failure = one.run.files.failure() or {
             "error": f"{one.run.files.record}: expected a record that stands for the run, got none",
             "can_be_retried": True,
@@ -237,12 +241,16 @@ def _executor(plan: Plan) -> Executor:
         from forgetless.experiments.sweep.ray_cluster import RayCluster
 
         return RayCluster(spec)
+    return _local(plan)
+
+
+def _local(plan: Plan) -> LocalProcesses:
     on_any = all(run.recipe.device == "auto" for run in plan.runs)
     return LocalProcesses(
         plan.folder.work / "server.log",
-        spec.processes,
+        plan.spec.processes,
         gpus=visible_gpus() if on_any else (),
-        threads=spec.threads,
+        threads=plan.spec.threads,
     )
 
 

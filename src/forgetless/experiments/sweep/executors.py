@@ -16,10 +16,12 @@ class Ended:
         name: Of the run.
         how: `done`, `failed` (the reason is in its files), `taken` (another sweep is at it), or
             what befell the process, in words.
+        is_final: Whether the executor has tried again already, as often as it may.
     """
 
     name: str
     how: str
+    is_final: bool = False
 
 
 class Executor(Protocol):

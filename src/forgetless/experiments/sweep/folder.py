@@ -12,6 +12,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from forgetless.atomic import write_atomically
+from forgetless.data.spec import DataSpec
 from forgetless.errors import ArtefactError, RecipeError
 from forgetless.experiments.checks import data_of, measured_files
 from forgetless.experiments.data_files import hash_files
@@ -44,7 +45,7 @@ class SweepFolder:
         """
         if self.path.is_file():
             raise RecipeError(f"output {self.path}: expected a folder, got a file; change output")
-        if self.path.is_dir() and not self.spec.exists() and any(self.path.iterdir()):
+        if self.path.is_dir() and not self.spec.exists() and self._holds_others():
             raise RecipeError(
                 f"output {self.path}: expected an empty folder or one of a sweep, got other files; "
                 "set output= to another folder"
@@ -52,9 +53,13 @@ class SweepFolder:
 
     def claim(self, resolved: dict[str, Any]) -> None:
         """Make the folder, and write down what the sweep is."""
+        write_atomically(self.spec, yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
         self.runs.mkdir(parents=True, exist_ok=True)
         self.work.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.spec, yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+
+    def _holds_others(self) -> bool:
+        """A half-written spec, of a sweep that was killed or begins now, is none."""
+        return any(entry.suffix != ".tmp" for entry in self.path.iterdir())
 
     def name_of(self, name: str) -> str:
         """The name that a run has here: an earlier version may have put it into other words."""
@@ -127,7 +132,7 @@ class FinishedRuns:
 
     def __init__(self) -> None:
         self._records: dict[Path, tuple[int, Record | None]] = {}
-        self._hashes: dict[str, dict[str, str]] = {}
+        self._hashes: dict[tuple[str, int, int], dict[str, str]] = {}
 
     def record(self, files: RunFiles, recipe: Recipe) -> Record | None:
         """The record, where it is whole and of this recipe on these data; None otherwise."""
@@ -159,10 +164,21 @@ class FinishedRuns:
         for spec in (*data_of(recipe), *measured_files(recipe)):
             if spec.path is None or not spec.path.expanduser().exists():
                 continue
-            now = self._hashes.setdefault(str(spec.path), hash_files([spec]))
+            now = self._hash(spec)
             if any(record.files.get(file, found) != found for file, found in now.items()):
                 return True
         return False
+
+    def _hash(self, spec: DataSpec) -> dict[str, str]:
+        """Of a file, as it is now; of a folder's files each time."""
+        assert spec.path is not None, "only files are hashed"
+        status = spec.path.expanduser().stat()
+        if spec.path.expanduser().is_dir():
+            return hash_files([spec])
+        key = (str(spec.path), status.st_size, status.st_mtime_ns)
+        if key not in self._hashes:
+            self._hashes[key] = hash_files([spec])
+        return self._hashes[key]
 
 
 def _read(path: Path) -> dict[str, Any] | None:

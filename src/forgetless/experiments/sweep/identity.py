@@ -10,7 +10,7 @@ from dataclasses import fields
 from typing import Any
 
 from forgetless.experiments.output import is_free
-from forgetless.methods import ALL_METHODS
+from forgetless.methods import ALL_METHODS, make_any_method
 from forgetless.methods.lora import LoRAWeightDecay
 from forgetless.named import Named
 from forgetless.recipe import Recipe
@@ -23,18 +23,22 @@ _LONGEST = 48  # characters of a name before its hash
 def sparse(recipe: Recipe) -> Recipe:
     """The same recipe, without options of methods and regularisers that are at their defaults.
 
-    Two ways to write one method become one recipe: `lora-wd` is `lora` with its decay.
+    Two ways to write one method become one recipe: `lora-wd` is `lora` with its decay, and a rate
+    that is not given is the method's own.
     """
     method, decay = dict(recipe.method), recipe.training.weight_decay
     if method["name"] == "lora-wd":
         decay = LoRAWeightDecay.default_weight_decay if decay is None else decay
         method["name"] = "lora"
+    rate = recipe.training.learning_rate
+    if rate is None:
+        rate = make_any_method(method).default_learning_rate
     if decay == ALL_METHODS[method["name"]].default_weight_decay:
         decay = None
     method = _sparse(method, ALL_METHODS)
     regularisers = [_sparse(one, REGULARISERS) for one in recipe.training.regularisers]
     training = recipe.training.model_copy(
-        update={"regularisers": regularisers, "weight_decay": decay}
+        update={"regularisers": regularisers, "weight_decay": decay, "learning_rate": rate}
     )
     return recipe.model_copy(update={"method": method, "training": training})
 

@@ -79,7 +79,7 @@ class RayCluster:
                 found.append(Ended(name, self._ray.get(task)))
             except self._ray.exceptions.RayError as error:
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
-                found.append(Ended(name, f"Ray lost it: {reason}"))
+                found.append(Ended(name, f"Ray lost it: {reason}", is_final=True))
         return found
 
     def stop(self) -> None:

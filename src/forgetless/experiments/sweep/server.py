@@ -8,6 +8,7 @@ because the sweep has ended in whatever way, all runs are killed.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -57,6 +58,10 @@ def _start(job: Job) -> int:
         log = os.open(job.files.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         os.dup2(log, 2)
         status = {"done": 0, "failed": 1, "taken": TAKEN}[work(job)]
+    except Exception as error:  # before the run has a log of its own
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        with contextlib.suppress(OSError):
+            job.files.fail(reason, can_be_retried=True)
     finally:
         os._exit(status)
 

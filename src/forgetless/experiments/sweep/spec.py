@@ -49,7 +49,8 @@ class SweepSpec(_Part):
             a key to a list, put that list into a list.
         output: Folder of the sweep.
         executor: What runs them: processes on this machine, or a Ray cluster.
-        processes: How many at a time; on each GPU, where there are several.
+        processes: How many at a time; on each GPU, where there are several. A Ray cluster takes as
+            many as it has room for.
         threads: Cores of a process; all, shared out among the processes, where not given.
         retries: How often a run that broke down, and not by a mistake in its input, is tried again
             in one go.

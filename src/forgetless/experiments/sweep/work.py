@@ -82,6 +82,7 @@ def work(job: Job) -> Outcome:
             contextlib.redirect_stdout(log),
             contextlib.redirect_stderr(log),
         ):
+            files.failed.unlink(missing_ok=True)  # of an earlier attempt
             heard = _Notes(files, log)
             try:
                 _run(job, heard)
@@ -96,7 +97,6 @@ def work(job: Job) -> Outcome:
                 return "failed"
             finally:
                 files.progress.unlink(missing_ok=True)
-            files.failed.unlink(missing_ok=True)
     return "done"
 
 
