@@ -143,3 +143,18 @@ def assert_group_ends(group: int) -> None:
             return
         time.sleep(0.1)
     raise AssertionError(f"processes of group {group} go on")
+
+
+def test_the_reason_of_an_earlier_attempt_is_not_told_again(sweeps):
+    keys = {"grid": {"method": ["lora"], "method.rank": [4]}, "retries": 0}
+    spec = SweepSpec.model_validate(sweeps.order("unwritable", **keys)["sweep"])
+    files = plan_sweep(spec).runs[0].files
+    files.log.mkdir(parents=True)  # a run cannot write there
+    (sweeps.folder / "unwritable" / "sweep.yaml").write_text("")
+    files.fail("the reason of last week", can_be_retried=False)
+    assert sweeps.run("unwritable", **keys) == 0
+    assert "IsADirectoryError" in look_at(plan_sweep(spec)).runs[0].error
+    files.log.rmdir()
+    assert sweeps.run("unwritable", **keys) == 0
+    assert look_at(plan_sweep(spec)).runs[0].state == "done"
+    assert files.failure() is None
