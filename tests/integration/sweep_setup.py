@@ -8,9 +8,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +73,21 @@ class Sweeps:
         name: str,
         *,
         kill_after: float | None = None,
+        kill_when_one_ends: bool = False,
         sent: int = signal.SIGKILL,
         only_the_sweep: bool = False,
         order: dict[str, Any] | None = None,
         **keys: Any,
     ) -> int:
-        """Exit status of one attempt, killed some seconds after the first run has begun."""
+        """Exit status of one attempt.
+
+        It is killed some seconds after the first run has begun, and with `kill_when_one_ends` as
+        soon as one has ended, if that is earlier.
+        """
         self.notes, self.group = [], 0
+        ended_before = {f"done {name}" for name in finished(self.folder / name)}
+        kill = partial(self._kill, sent, only_the_sweep)
+        timer = None if kill_after is None else threading.Timer(kill_after, kill)
         begun = time.monotonic()
         self._process.stdin.write(json.dumps(self.order(name, **keys) | (order or {})) + "\n")
         self._process.stdin.flush()
@@ -89,13 +99,18 @@ class Sweeps:
                 self.notes.append(value)
             elif word == "end":
                 self.seconds = time.monotonic() - begun
+                if timer is not None:
+                    timer.cancel()
                 return int(value)
-            elif word == "begun" and kill_after is not None:
-                time.sleep(kill_after)
-                kill_after = None
-                with contextlib.suppress(ProcessLookupError):  # it was done before
-                    (os.kill if only_the_sweep else os.killpg)(self.group, sent)
+            elif word == "begun" and timer is not None and timer.ident is None:
+                timer.start()
+            elif word == "done" and kill_when_one_ends and line not in ended_before:
+                kill()
         raise AssertionError("the process that starts sweeps has ended")
+
+    def _kill(self, sent: int, only_the_sweep: bool) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it was done before
+            (os.kill if only_the_sweep else os.killpg)(self.group, sent)
 
     def counts(self, name: str) -> Counter[str]:
         return Counter((self.folder / f"{name}.counts").read_text().split())
@@ -103,6 +118,11 @@ class Sweeps:
     def close(self) -> None:
         self._process.stdin.close()
         assert self._process.wait(30) == 0
+
+
+def finished(output: Path) -> list[str]:
+    """Names of the runs that have a record."""
+    return [path.parent.name for path in (output / "runs").glob("*/record.json")]
 
 
 def records(output: Path) -> dict[str, dict[str, Any]]:
