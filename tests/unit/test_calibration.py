@@ -160,7 +160,7 @@ def test_stored_moments_come_back_whole(tmp_path: Path) -> None:
     again = load_moments(path, key)
     assert again is not None
     assert again.site_of == found.site_of
-    assert torch.equal(again.of("a.c").sum_DD, found.of("a.c").sum_DD)
+    assert torch.equal(again.of("a.c").lower_DD, found.of("a.c").lower_DD)
     assert (again.num_tokens, again.of("a.b").num_samples) == (3, 2)
     assert load_moments(tmp_path / "none.safetensors", key) is None
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
@@ -207,7 +207,7 @@ def test_damage_in_the_tensors_is_seen(tmp_path: Path) -> None:
 
 def test_moments_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     found, path, key = stored(tmp_path)
-    found.moments["a.b"].sum_DD[1, 1] = float("inf")
+    found.moments["a.b"].lower_DD[1, 1] = float("inf")
     save_moments(found, path, key)
     with pytest.raises(ArtefactError, match="damaged"):
         load_moments(path, key)
@@ -316,7 +316,7 @@ def test_the_cache_is_used_when_it_matches_and_replaced_when_damaged(
     second = run()
     assert path.stat().st_mtime_ns == stamp
     for site, moment in first.moments.items():
-        assert torch.equal(moment.sum_DD, second.moments[site].sum_DD)
+        assert torch.equal(moment.lower_DD, second.moments[site].lower_DD)
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.warns(ForgetlessWarning, match="collected again"):
         run()

@@ -40,7 +40,7 @@ class Products(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if "mm" in str(func):
+        if "mm" in str(func) or "linear" in str(func):
             self.seen.append(settings())
         return func(*args, **(kwargs or {}))
 

@@ -134,7 +134,7 @@ def _add_moments(state: hashlib._Hash, role: Role, moments: SiteMoments) -> None
     for site in sorted(moments.moments):
         moment = moments.moments[site]
         state.update(f"\0{site} {moment.num_tokens} {moment.num_samples}\0".encode())
-        state.update(_bytes(moment.sum_DD))
+        state.update(_bytes(moment.lower_DD))
         state.update(_bytes(moment.sum_D))
 
 

@@ -1,19 +1,25 @@
-"""Collect second moments in one forward pass of the base: no head, no cache, no gradient."""
+"""Collect second moments in one forward pass of the base: no head, no cache, no gradient.
+
+Nothing is computed after the last input that is wanted.
+"""
 
 # Shape letters in this file: B = rows, T = positions, L = positions of an encoder-decoder's
 # decoder, D = layer input width, N = kept tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from forgetless.calibration.hooks import base_forward, observe_sites
+from forgetless.calibration.hooks import NothingMoreToSeeError, base_forward, observe_sites
 from forgetless.calibration.memory import refuse_beyond_memory
+from forgetless.calibration.order import CallOrder, find_call_order
 from forgetless.data.pairs import IGNORED_LABEL, PairBatch
 from forgetless.data.tokens import Batch
 from forgetless.errors import CalibrationError
@@ -21,6 +27,7 @@ from forgetless.linalg.moments import SecondMoment
 from forgetless.models.targets import Target, base_of, module_suffixes
 
 SHOWN_NAMES = 8
+AT_ONCE = 4096  # kept tokens that are copied at a time
 SHIFT = "prepare_decoder_input_ids_from_labels"
 
 
@@ -33,7 +40,7 @@ class SiteMoments:
         site_of: Target name to site; every target has one.
     """
 
-    moments: dict[str, SecondMoment]
+    moments: Mapping[str, SecondMoment]
     site_of: dict[str, str]
 
     def of(self, target: str) -> SecondMoment:
@@ -52,6 +59,7 @@ def collect_moments(
     batches: Iterable[Batch] | Iterable[PairBatch],
     *,
     source: str = "the data",
+    order: CallOrder | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> SiteMoments:
     """Sum x xᵀ, x, tokens and rows over the kept tokens of `batches`, once per site.
@@ -65,6 +73,7 @@ def collect_moments(
             encoder-decoder, every token counts where it is read: prompts in the encoder and in
             cross-attention's keys and values, completions in the rest of the decoder.
         source: What the rows are called in messages.
+        order: In which order these layers, among others, are called; found out where not given.
         progress: Called with the number of rows after each batch.
 
     Raises:
@@ -75,15 +84,19 @@ def collect_moments(
     collector = _Collector(source)
     device = next(model.parameters()).device
     with base_forward(model) as decoder:
-        refuse_beyond_memory(model, decoder, targets)
-        with observe_sites(model, targets, collector.observe) as sites:
+        if order is None:
+            order = find_call_order(model, decoder, targets)
+        refuse_beyond_memory(base_of(model), targets, order)
+        calls = order.of(targets)
+        with observe_sites(model, targets, collector.observe, calls) as sites:
             for batch in batches:
-                if isinstance(batch, PairBatch):
-                    _run_pair(base_of(model), batch, collector, device)
-                else:
-                    collector.start(_Stream.of(batch.kept_BT, batch.index, device))
-                    decoder(**_inputs(batch, device), use_cache=False)
+                run = partial(_run, base_of(model), decoder, batch, collector, device)
+                run()
                 sites.forget_tensors()
+                if not collector.is_finite():
+                    collector.look_for_bad_rows()
+                    run()  # raises, but where finite inputs have left the range of the sums
+                    sites.forget_tensors()
                 if progress is not None:
                     progress(len(batch.index))
     if not collector.moments or all(m.num_tokens == 0 for m in collector.moments.values()):
@@ -113,10 +126,10 @@ def _refuse_idle(
 def _refuse_overflow(moments: Mapping[str, SecondMoment], source: str) -> None:
     """Refuse sums that left the range of their dtype, where every activation was finite."""
     for site, moment in moments.items():
-        if not bool(moment.sum_DD.isfinite().all()):
+        if not bool(moment.lower_DD.isfinite().all()):
             raise CalibrationError(
                 f"calibration: the squares of the input of layer {site} overflow "
-                f"{str(moment.sum_DD.dtype).removeprefix('torch.')} on {source}; "
+                f"{str(moment.lower_DD.dtype).removeprefix('torch.')} on {source}; "
                 "leave that layer out of the targets, or load the model in float64"
             )
 
@@ -127,6 +140,22 @@ def _inputs(batch: Batch, device: torch.device) -> dict[str, Tensor]:
     if not bool(mask_BT[:, 0].all()):  # left padding: positions must count tokens only
         inputs["position_ids"] = (mask_BT.cumsum(1) - 1).clamp_min(0)
     return inputs
+
+
+def _run(
+    base: PreTrainedModel,
+    decoder: nn.Module,
+    batch: Batch | PairBatch,
+    collector: _Collector,
+    device: torch.device,
+) -> None:
+    """One batch, up to the last input that is wanted."""
+    with suppress(NothingMoreToSeeError):
+        if isinstance(batch, PairBatch):
+            _run_pair(base, batch, collector, device)
+        else:
+            collector.start(_Stream.of(batch.kept_BT, batch.index, device))
+            decoder(**_inputs(batch, device), use_cache=False)
 
 
 def _run_pair(
@@ -166,20 +195,35 @@ class _Stream:
 
     Attributes:
         shape: (B, T).
-        kept_N: Which of the flattened positions count.
+        kept_N: Which of the flattened positions count; None for all of them.
         num_samples: Rows that have one that does.
         index: Row of the data in each row of the batch.
     """
 
     shape: torch.Size
-    kept_N: Tensor
+    kept_N: Tensor | None
     num_samples: int
     index: tuple[int, ...]
 
     @classmethod
     def of(cls, kept_BT: Tensor, index: tuple[int, ...], device: torch.device) -> _Stream:
-        kept_N = kept_BT.reshape(-1).nonzero()[:, 0].to(device)
+        everything = bool(kept_BT.all())
+        kept_N = None if everything else kept_BT.reshape(-1).nonzero()[:, 0].to(device)
         return cls(kept_BT.shape, kept_N, int(kept_BT.bool().any(1).sum()), index)
+
+    def parts(self, flat: Tensor) -> Iterator[Tensor]:
+        """The tokens that count, without a copy of all of them at once."""
+        if self.kept_N is None:
+            yield flat
+            return
+        kept_N = self.kept_N.to(flat.device)
+        for start in range(0, len(kept_N), AT_ONCE):
+            yield flat.index_select(0, kept_N[start : start + AT_ONCE])
+
+    def row_of(self, position: int) -> int:
+        """Row of the data of one of the tokens that count."""
+        flat = position if self.kept_N is None else int(self.kept_N[position])
+        return self.index[flat // self.shape[1]]
 
 
 class _Collector:
@@ -190,10 +234,23 @@ class _Collector:
         self._source = source
         self._stream: _Stream
         self._encoded: tuple[Tensor, _Stream] | None = None
+        self._adds = True
 
     def start(self, stream: _Stream, encoded: tuple[Tensor, _Stream] | None = None) -> None:
         """Take what is read next; `encoded` is the encoder's result and what the encoder read."""
         self._stream, self._encoded = stream, encoded
+
+    def is_finite(self) -> bool:
+        """Whether no input so far was NaN or inf: it would have stayed in its column's sum."""
+        finite = [moment.sum_D.isfinite().all() for moment in self.moments.values()]
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for one in finite:
+            by_device.setdefault(one.device, []).append(one)
+        return all(bool(torch.stack(some).all()) for some in by_device.values())
+
+    def look_for_bad_rows(self) -> None:
+        """From here on add nothing, but refuse the first input that is not finite."""
+        self._adds = False
 
     def observe(self, site: str, x: Tensor) -> None:
         """Add one site's tokens of the current batch."""
@@ -206,18 +263,25 @@ class _Collector:
                 f"calibration: layer {site} sees {flat.shape[0]} of {stream.shape.numel()} "
                 "tokens (a routed expert?); leave it out of the targets"
             )
-        x_ND = flat.index_select(0, stream.kept_N.to(flat.device))
+        if not self._adds:
+            self._refuse_bad_row(site, flat, stream)
+            return
         if site not in self.moments:
             self.moments[site] = SecondMoment.zeros(x.shape[-1], dtype=x.dtype, device=x.device)
-        # A NaN or inf anywhere makes its column's sum non-finite: one read of x, no copy.
-        if not bool(x_ND.sum(0, dtype=self.moments[site].sum_D.dtype).isfinite().all()):
-            self._refuse(site, x_ND, stream)
-        self.moments[site].add_(x_ND, num_samples=stream.num_samples)
+        moment = self.moments[site]
+        for x_ND in stream.parts(flat):
+            moment.add_(x_ND)
+        moment.num_samples += stream.num_samples
 
-    def _refuse(self, site: str, x_ND: Tensor, stream: _Stream) -> None:
-        bad = int((~x_ND.isfinite()).any(1).nonzero()[0, 0])
-        row = stream.index[int(stream.kept_N[bad]) // stream.shape[1]]
-        raise CalibrationError(
-            f"calibration: the input of layer {site} is NaN or inf at row {row} of "
-            f"{self._source} (from 0); remove that row, or load the model in float32 or bfloat16"
-        )
+    def _refuse_bad_row(self, site: str, flat: Tensor, stream: _Stream) -> None:
+        before = 0
+        for x_ND in stream.parts(flat):
+            bad_N = (~x_ND.isfinite()).any(1)
+            if bool(bad_N.any()):
+                row = stream.row_of(before + int(bad_N.nonzero()[0, 0]))
+                raise CalibrationError(
+                    f"calibration: the input of layer {site} is NaN or inf at row {row} of "
+                    f"{self._source} (from 0); remove that row, or load the model in float32 or "
+                    "bfloat16"
+                )
+            before += len(x_ND)

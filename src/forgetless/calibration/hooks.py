@@ -9,7 +9,7 @@ handed the same live tensor object, compared by `is`.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -24,15 +24,21 @@ from forgetless.models.untouched import refuse_touched_base
 SiteCallback = Callable[[str, Tensor], None]
 
 
+class NothingMoreToSeeError(Exception):
+    """Ends a forward pass: the last input that is wanted has been seen."""
+
+
 @dataclass(slots=True)
 class SiteMap:
     """Which site feeds which target; grows during the first forward pass.
 
     Attributes:
         site_of: Target name to site name; a site is named after the first target that it feeds.
+        calls: Targets in the order of their calls, in the forward pass that goes on.
     """
 
     site_of: dict[str, str] = field(default_factory=dict)
+    calls: list[str] = field(default_factory=list)
     _live: dict[int, tuple[weakref.ref[Tensor], str]] = field(default_factory=dict)
 
     def locate(self, target: str, x_BTD: Tensor) -> tuple[str, bool]:
@@ -47,26 +53,37 @@ class SiteMap:
         return self.site_of[target], fresh
 
     def forget_tensors(self) -> None:
-        """Drop the references to live tensors, between forward passes."""
+        """Drop the references to live tensors and the calls, between forward passes."""
         self._live.clear()
+        self.calls.clear()
 
 
 @contextmanager
 def observe_sites(
-    model: nn.Module, targets: Mapping[str, Target], callback: SiteCallback
+    model: nn.Module,
+    targets: Mapping[str, Target],
+    callback: SiteCallback,
+    calls: Sequence[str] = (),
 ) -> Iterator[SiteMap]:
     """Call `callback(site, x_BTD)` once per site in every forward pass inside the block.
 
     The tensor is the live input of the base layer: read it, never write to it. On a PeftModel, go
-    inside `base_forward` to see what the base sees.
+    inside `base_forward` to see what the base sees. Call `forget_tensors` after each pass.
+
+    Where `calls` are given, the order in which a pass calls the targets, a pass that keeps to it
+    ends with the last of them, by `NothingMoreToSeeError`.
     """
     sites = SiteMap()
+    expected = list(calls)
 
     def hook_for(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             site, fresh = sites.locate(name, args[0])
             if fresh:
                 callback(site, args[0])
+            sites.calls.append(name)
+            if len(sites.calls) == len(expected) and sites.calls == expected:
+                raise NothingMoreToSeeError
 
         return hook
 

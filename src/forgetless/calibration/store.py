@@ -20,7 +20,7 @@ from forgetless.data.tokens import TokenRow
 from forgetless.errors import ArtefactError
 from forgetless.linalg.moments import SecondMoment
 
-FORMAT = "forgetless-moments-2"
+FORMAT = "forgetless-moments-3"
 
 
 def moments_key(
@@ -64,12 +64,12 @@ def save_moments(found: SiteMoments, path: Path, key: Mapping[str, str]) -> None
     tensors = {}
     sites = {}
     for site, moment in found.moments.items():
-        tensors[f"{site}/sum_DD"] = moment.sum_DD.cpu().contiguous()
+        tensors[f"{site}/lower_DD"] = moment.lower_DD.cpu().contiguous()
         tensors[f"{site}/sum_D"] = moment.sum_D.cpu().contiguous()
         sites[site] = {
             "num_tokens": moment.num_tokens,
             "num_samples": moment.num_samples,
-            "sha256": _digest(tensors[f"{site}/sum_DD"], tensors[f"{site}/sum_D"]),
+            "sha256": _digest(tensors[f"{site}/lower_DD"], tensors[f"{site}/sum_D"]),
         }
     metadata = {
         "format": FORMAT,
@@ -111,8 +111,8 @@ def load_moments(path: Path, key: Mapping[str, str]) -> SiteMoments | None:
     if not moments or not moments.keys() >= set(site_of.values()):
         raise ArtefactError(f"{path}: damaged (a layer without its moment)")
     for site, moment in moments.items():
-        whole = _digest(moment.sum_DD, moment.sum_D) == sites[site].get("sha256")
-        if not (whole and moment.sum_DD.isfinite().all() and moment.sum_D.isfinite().all()):
+        whole = _digest(moment.lower_DD, moment.sum_D) == sites[site].get("sha256")
+        if not (whole and moment.lower_DD.isfinite().all() and moment.sum_D.isfinite().all()):
             raise ArtefactError(f"{path}: damaged (the moment of site {site})")
     return SiteMoments(moments, site_of)
 
@@ -182,7 +182,7 @@ def _check_origin(path: Path, metadata: Mapping[str, str], key: Mapping[str, str
 
 def _site(file: Any, site: str, facts: Mapping[str, Any]) -> SecondMoment:
     return SecondMoment(
-        file.get_tensor(f"{site}/sum_DD"),
+        file.get_tensor(f"{site}/lower_DD"),
         file.get_tensor(f"{site}/sum_D"),
         int(facts["num_tokens"]),
         int(facts["num_samples"]),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from forgetless.errors import CalibrationError
+from forgetless.linalg.gram import add_gram_
 from forgetless.linalg.precision import full_precision
 
 
@@ -21,13 +22,14 @@ class SecondMoment:
     batching nor on the number of processes (up to rounding).
 
     Attributes:
-        sum_DD: Sum of x xᵀ, float32 or wider. Unit: activation².
+        lower_DD: Sum of x xᵀ, float32 or wider, on and below the diagonal; above it stands nothing
+            that counts. Unit: activation².
         sum_D: Sum of x. Unit: activation.
         num_tokens: Tokens summed; padding is never counted.
         num_samples: Rows that these tokens came from.
     """
 
-    sum_DD: Tensor
+    lower_DD: Tensor
     sum_D: Tensor
     num_tokens: int = 0
     num_samples: int = 0
@@ -51,7 +53,7 @@ class SecondMoment:
     def add_(self, x_TD: Tensor, *, num_samples: int = 0) -> None:
         """Add tokens (T, D) of any float dtype; T may be 0.
 
-        Products are formed in the dtype of the sums, never in a narrower one (TF32 included).
+        No product is rounded to less than the dtype of the sums (TF32 included).
 
         Raises:
             CalibrationError: Wrong shape.
@@ -61,10 +63,7 @@ class SecondMoment:
                 f"second moment: expected tokens of shape (T, {self.width}), "
                 f"got {tuple(x_TD.shape)}; flatten (batch, sequence) and drop padding first"
             )
-        x_TD = x_TD.to(self.sum_DD.dtype)
-        with full_precision():
-            self.sum_DD.addmm_(x_TD.T, x_TD)
-        self.sum_D.add_(x_TD.sum(0))
+        add_gram_(self.lower_DD, self.sum_D, x_TD)
         self.num_tokens += x_TD.shape[0]
         self.num_samples += num_samples
 
@@ -79,20 +78,20 @@ class SecondMoment:
                 f"second moment: expected a moment of width {self.width} to merge, "
                 f"got {other.width}; both must come from the same site"
             )
-        self.sum_DD.add_(other.sum_DD.to(self.sum_DD))
+        self.lower_DD.add_(other.lower_DD.to(self.lower_DD))
         self.sum_D.add_(other.sum_D.to(self.sum_D))
         self.num_tokens += other.num_tokens
         self.num_samples += other.num_samples
 
     def weigh_(self, factor: float) -> None:
         """Multiply both sums, so that each token counts `factor` times; the counts stay."""
-        self.sum_DD.mul_(factor)
+        self.lower_DD.mul_(factor)
         self.sum_D.mul_(factor)
 
     def mean_DD(self) -> Tensor:
-        """E[x xᵀ], symmetrised, (D, D); zeros where no token was counted."""
-        mean_DD = self.sum_DD / max(self.num_tokens, 1)
-        return (mean_DD + mean_DD.T) / 2
+        """E[x xᵀ], symmetric, (D, D); zeros where no token was counted."""
+        lower_DD = self.lower_DD.tril() / max(self.num_tokens, 1)
+        return lower_DD + lower_DD.tril(-1).T
 
     def mean_D(self) -> Tensor:
         """E[x], (D,)."""

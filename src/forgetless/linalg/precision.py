@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -22,21 +22,33 @@ def solving_dtype(matrix: Tensor) -> torch.dtype:
     return matrix.dtype
 
 
-@contextmanager
-def full_precision() -> Iterator[None]:
+def full_precision() -> AbstractContextManager[None]:
     """Inside the block no product of float32 tensors is rounded to TF32 or bf16.
 
     `torch.set_float32_matmul_precision("high")`, and training with `tf32`, allow that for all of
     a process, on CUDA and in oneDNN on a CPU; the smallest eigenvalues would be lost in it.
     """
+    return _precision("ieee")
+
+
+def products_of_bfloat16() -> AbstractContextManager[None]:
+    """Inside the block products of float32 tensors that hold bfloat16 values may be taken as such.
+
+    Multipliers read bfloat16, sums and results are float32: nothing is lost, and on a CPU that
+    multiplies bfloat16 it is twice as fast. Of other float32 values it would lose 16 bits.
+    """
+    return _precision("bf16")
+
+
+@contextmanager
+def _precision(name: str) -> Iterator[None]:
     # torch sets the attribute at run time only.
     onednn = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    backends = (torch.backends.cuda.matmul, onednn)
-    before = [backend.fp32_precision for backend in backends]
+    cuda = torch.backends.cuda.matmul
+    before = cuda.fp32_precision, onednn.fp32_precision
     try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
+        cuda.fp32_precision = "ieee"
+        onednn.fp32_precision = name
         yield
     finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
+        cuda.fp32_precision, onednn.fp32_precision = before
