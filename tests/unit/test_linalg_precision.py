@@ -62,7 +62,7 @@ def start(name: str) -> None:
     [
         moment,
         lambda: output_energy(torch.ones(4, 6), torch.eye(6)),
-        lambda: leakage(null_basis(torch.eye(6), 2), torch.eye(6)),
+        lambda: leakage(null_basis(torch.eye(6), 2)[0], torch.eye(6)),
         lambda: project_and_balance(torch.ones(4, 6), torch.eye(6)[:, :2]),
         lambda: contrast_basis(torch.ones(4, 6), torch.eye(6), 2),
         lambda: start("lora-null"),

@@ -22,8 +22,9 @@ def test_null_basis_recovers_planted_directions() -> None:
     q = torch.linalg.qr(random(12, 12)).Q
     energies = torch.tensor([1e-6] * 3 + [10.0**k for k in range(9)], dtype=torch.float64)
     moment = q @ torch.diag(energies) @ q.T
-    found = null_basis(moment, 3)
+    found, energies = null_basis(moment, 3)
     torch.testing.assert_close(projector(found), projector(q[:, :3]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(energies, energies.new_full((3,), 1e-6), rtol=1e-2, atol=0)
     torch.testing.assert_close(found.T @ found, torch.eye(3, dtype=torch.float64))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from forgetless.linalg.krylov import is_small, krylov_basis
 from forgetless.linalg.precision import full_precision, solving_dtype
 from forgetless.linalg.subspace import check_rank
 
@@ -16,7 +17,8 @@ def generalised_basis(
 ) -> tuple[Tensor, Tensor]:
     """Orthonormal basis of the R leading generalised eigenvectors of C₊ v = γ (C₋ + ridge I) v.
 
-    Solved in float64 where `solving_dtype` says so, through a Cholesky factor; where rounding has
+    Solved in float64 where `solving_dtype` says so, through a Cholesky factor, and where R is small
+    beside D for the R leading ones only; where rounding has
     made C₋ + ridge I indefinite, through the spectrum of C₋, negative eigenvalues counting as 0.
 
     Args:
@@ -37,9 +39,9 @@ def generalised_basis(
         raise ValueError(f"generalised basis: expected a ridge above 0, got {ridge}; raise it")
     wide = solving_dtype(plus_DD)
     with full_precision():
-        gamma_D, vectors_DD = _solve(plus_DD.to(wide), minus_DD.to(wide), ridge)
-        basis_DR = torch.linalg.qr(vectors_DD[:, :rank]).Q
-    return basis_DR.to(plus_DD).contiguous(), gamma_D[:rank].to(plus_DD)
+        gamma, vectors = _solve(plus_DD.to(wide), minus_DD.to(wide), ridge, rank)
+        basis_DR = torch.linalg.qr(vectors[:, :rank]).Q
+    return basis_DR.to(plus_DD).contiguous(), gamma[:rank].to(plus_DD)
 
 
 def largest_beta(weight_OD: Tensor, plus_DD: Tensor, minus_DD: Tensor, rank: int) -> float:
@@ -71,7 +73,7 @@ def largest_beta(weight_OD: Tensor, plus_DD: Tensor, minus_DD: Tensor, rank: int
         ridge = tolerance * float(plus_KK.diagonal().sum() + minus_KK.diagonal().sum())
         if ridge == 0.0:
             return 0.0
-        gamma = float(_solve(plus_KK, minus_KK, ridge)[0][rank - 1])
+        gamma = float(_solve(plus_KK, minus_KK, ridge)[0][rank - 1])  # the exact one
     return max(gamma, 0.0) / (1 + max(gamma, 0.0))
 
 
@@ -80,12 +82,28 @@ def _congruent(core_KD: Tensor, moment_DD: Tensor) -> Tensor:
     return (product_KK + product_KK.T) / 2
 
 
-def _solve(plus: Tensor, minus: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """All γ, descending, and their eigenvectors."""
+def _solve(
+    plus: Tensor, minus: Tensor, ridge: float, rank: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """γ, descending, and their eigenvectors: all of them, or the R leading ones at least."""
     whitener = _whitener(minus, ridge)
+    if rank is not None and is_small(rank, len(minus)):
+        near = krylov_basis(
+            lambda x: whitener.T @ (plus @ (whitener @ x)), whitener, rank, _sum_of_logarithms
+        )
+        if near is not None:
+            reached = whitener @ near
+            inner = reached.T @ plus @ reached
+            gamma, vectors = torch.linalg.eigh((inner + inner.T) / 2)
+            return gamma.flip(0), reached @ vectors.flip(1)
     whitened = whitener.T @ plus @ whitener
     gamma, vectors = torch.linalg.eigh((whitened + whitened.T) / 2)
     return gamma.flip(0), whitener @ vectors.flip(1)
+
+
+def _sum_of_logarithms(gamma_R: Tensor) -> Tensor:
+    """So that every direction counts, and not the few of the largest γ alone."""
+    return gamma_R.clamp_min(0).log1p().sum()
 
 
 def _whitener(minus: Tensor, ridge: float) -> Tensor:

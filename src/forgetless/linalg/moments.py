@@ -83,6 +83,13 @@ class SecondMoment:
         self.num_tokens += other.num_tokens
         self.num_samples += other.num_samples
 
+    def to(self, device: torch.device) -> SecondMoment:
+        """The same on another device; itself where it lies there."""
+        if self.lower_DD.device == device:
+            return self
+        sums = self.lower_DD.to(device), self.sum_D.to(device)
+        return SecondMoment(*sums, self.num_tokens, self.num_samples)
+
     def weigh_(self, factor: float) -> None:
         """Multiply both sums, so that each token counts `factor` times; the counts stay."""
         self.lower_DD.mul_(factor)

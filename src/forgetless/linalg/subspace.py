@@ -5,11 +5,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from forgetless.linalg.krylov import is_small, krylov_basis
 from forgetless.linalg.precision import full_precision, solving_dtype
+
+_ROWS = 1024  # of a moment that are widened at a time
+# Up to this width the whole spectrum of a contrast takes no longer than a part of it: where more
+# directions are wanted than earn a reward, the last ones lie in a cluster near 0.
+_WHOLE_SPECTRUM = 1024
 
 
 def check_rank(rank: int, width: int) -> None:
@@ -22,21 +29,22 @@ def check_rank(rank: int, width: int) -> None:
         raise ValueError(f"basis: expected a rank in 1..{width}, got {rank}; lower the rank")
 
 
-def null_basis(moment_DD: Tensor, rank: int) -> Tensor:
-    """Orthonormal basis of the `rank` directions that carry least energy.
+def null_basis(moment_DD: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Orthonormal basis of the `rank` directions that carry least energy, and their energies.
 
     Minimises tr(Uᵀ M U) over Uᵀ U = I. Not unique where the R-th and the (R+1)-th smallest
     eigenvalues are equal: compare projectors, never vectors.
 
-    Solved in the dtype of the argument: the energy of a float32 basis is within 3 % of that of a
-    float64 one (docs/decisions/0004-dtype-of-moments-and-solves.md).
+    Where R is small beside D, by block Krylov iteration with the inverse of M, a Cholesky factor of
+    which is all that is formed; else from the whole spectrum, in float64. The energy is within 1 %
+    of the least one (docs/numerics.md).
 
     Args:
         moment_DD: E[x xᵀ], symmetric, activation².
         rank: R, 1 <= R <= D.
 
     Returns:
-        basis_DR: columns by increasing energy, dtype of `moment_DD`.
+        basis_DR: columns by increasing energy; energies_R, activation²; dtype of `moment_DD`.
 
     Raises:
         ValueError: rank outside 1..D.
@@ -45,29 +53,94 @@ def null_basis(moment_DD: Tensor, rank: int) -> Tensor:
     """
     check_rank(rank, moment_DD.shape[0])
     with full_precision():
-        vectors_DD: Tensor = torch.linalg.eigh(moment_DD).eigenvectors
-    return vectors_DD[:, :rank].contiguous()
+        found = _partial_null(moment_DD, rank) if is_small(rank, moment_DD.shape[0]) else None
+        if found is None:
+            found = torch.linalg.eigh(moment_DD.to(solving_dtype(moment_DD)))
+    values, vectors = found
+    return vectors[:, :rank].to(moment_DD).contiguous(), values[:rank].to(moment_DD)
 
 
 def top_basis(moment_DD: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Orthonormal basis of the `rank` directions that carry most energy, and their energies.
 
-    Solved in the dtype of the argument.
+    Where R is small beside D, by block Krylov iteration; else from the whole spectrum, in float64.
 
     Args:
         moment_DD: E[x xᵀ] or a covariance, symmetric, activation².
         rank: R, 1 <= R <= D.
 
     Returns:
-        basis_DR: columns by decreasing energy; energies_R, activation².
+        basis_DR: columns by decreasing energy; energies_R, activation²; dtype of `moment_DD`.
 
     Raises:
         ValueError: rank outside 1..D.
     """
     check_rank(rank, moment_DD.shape[0])
     with full_precision():
-        values_D, vectors_DD = torch.linalg.eigh(moment_DD)
-    return vectors_DD[:, -rank:].flip(1).contiguous(), values_D[-rank:].flip(0)
+        near_DM = None
+        if is_small(rank, moment_DD.shape[0]):
+            near_DM = krylov_basis(lambda x_DK: moment_DD @ x_DK, moment_DD, rank)
+        if near_DM is None:
+            values, vectors = torch.linalg.eigh(moment_DD.to(solving_dtype(moment_DD)))
+        else:
+            values, vectors = _ritz(moment_DD, near_DM)
+    basis_DR = vectors[:, -rank:].flip(1).to(moment_DD).contiguous()
+    return basis_DR, values[-rank:].flip(0).to(moment_DD)
+
+
+def rounding_of(moment_DD: Tensor) -> float:
+    """Energy that a direction of a stored moment may have by rounding alone: ε ‖M‖_F.
+
+    Below it the choice among directions is chance.
+    """
+    return torch.finfo(moment_DD.dtype).eps * float(torch.linalg.matrix_norm(moment_DD))
+
+
+def _partial_null(moment_DD: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
+    """Energies, ascending, and a basis of at least R directions; None where it does not converge.
+
+    The inverse is that of M plus a shift of the size of its factor's rounding. Where directions
+    carry no more than the shift it would blur them: then the factor is taken in float64.
+    """
+    trace = float(moment_DD.diagonal().sum())
+    if not trace > 0:
+        return None
+    for dtype in (moment_DD.dtype, torch.float64):
+        shift = torch.finfo(dtype).eps
+        shifted_DD = moment_DD.to(dtype) / trace
+        shifted_DD.diagonal().add_(shift)
+        lower_DD, failed = torch.linalg.cholesky_ex(shifted_DD)
+        if int(failed):
+            continue
+        near_DM = krylov_basis(partial(_solve_with, lower_DD), lower_DD, rank, _energy_of_inverses)
+        if near_DM is None:
+            return None
+        values, vectors = _ritz(moment_DD, near_DM)
+        if dtype == torch.float64 or float(values[:rank].mean()) > 4 * shift * trace:
+            return values, vectors
+    return None
+
+
+def _solve_with(lower_DD: Tensor, x_DK: Tensor) -> Tensor:
+    return torch.cholesky_solve(x_DK, lower_DD)
+
+
+def _energy_of_inverses(values_R: Tensor) -> Tensor:
+    return (1 / values_R).sum()
+
+
+def _ritz(moment_DD: Tensor, near_DM: Tensor) -> tuple[Tensor, Tensor]:
+    """Ritz values of M in span(Q), ascending, and vectors, in float64.
+
+    M is widened a block of rows at a time, never as a whole.
+    """
+    near_DM = near_DM.double()
+    upper_MM = torch.linalg.cholesky(near_DM.T @ near_DM, upper=True)  # the identity, nearly
+    near_DM = torch.linalg.solve_triangular(upper_MM, near_DM, upper=True, left=False)
+    rows = [part_ND.double() @ near_DM for part_ND in torch.split(moment_DD, _ROWS)]
+    inner_MM = near_DM.T @ torch.cat(rows)
+    values, vectors = torch.linalg.eigh((inner_MM + inner_MM.T) / 2)
+    return values, near_DM @ vectors
 
 
 def leading_basis(moment_DD: Tensor, energy: float) -> Tensor:
@@ -162,8 +235,7 @@ def _solve_contrast(
     else:
         q_OK, r_KD = torch.linalg.qr(weight_OD)
         small_KK = r_KD @ contrast_DD @ r_KD.T
-    values_K, vectors_KK = torch.linalg.eigh((small_KK + small_KK.T) / 2)
-    values_K, vectors_KK = values_K.flip(0), vectors_KK.flip(1)
+    values_K, vectors_KK = _leading((small_KK + small_KK.T) / 2, rank)
     solve_eps = small_KK.shape[0] * torch.finfo(values_K.dtype).eps
     tolerance = max(float(values_K.abs().max()), scale) * (input_eps + solve_eps)
     if q_OK is None:
@@ -182,6 +254,19 @@ def _solve_contrast(
         ]
     )
     return basis_OR, values_R, tolerance
+
+
+def _leading(matrix_KK: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Largest eigenvalues, descending, and vectors: R of them at least, or all."""
+    width = matrix_KK.shape[0]
+    if width > _WHOLE_SPECTRUM and is_small(rank, width):
+        near_KM = krylov_basis(lambda x_KN: matrix_KK @ x_KN, matrix_KK, rank)
+        if near_KM is not None:
+            inner_MM = near_KM.T @ matrix_KK @ near_KM
+            values_M, vectors_MM = torch.linalg.eigh((inner_MM + inner_MM.T) / 2)
+            return values_M.flip(0)[:rank], near_KM @ vectors_MM.flip(1)[:, :rank]
+    values_K, vectors_KK = torch.linalg.eigh(matrix_KK)
+    return values_K.flip(0), vectors_KK.flip(1)
 
 
 def _complement(q_OK: Tensor, count: int) -> Tensor:

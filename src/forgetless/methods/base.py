@@ -29,6 +29,10 @@ LOW_RATE_SOURCE = (
     f"{TRIED}"
 )
 
+# A layer's count of directions that only rounding picked, in the diagnostics of methods that pick
+# the weakest ones.
+UNDETERMINED = "undetermined_directions"
+
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
@@ -40,6 +44,19 @@ class LayerWeights:
 
 
 @dataclass(frozen=True, slots=True)
+class SiteBasis:
+    """A subspace of a site's inputs, the same for all layers that it feeds.
+
+    Attributes:
+        basis_DR: U, orthonormal columns.
+        diagnostics: What the method found at this site, for the record of each layer.
+    """
+
+    basis_DR: Tensor
+    diagnostics: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class SiteStatistics:
     """What data say of a layer; None for what the method did not ask for.
 
@@ -47,11 +64,13 @@ class SiteStatistics:
         train: Second moment of its inputs on train data.
         preserve: The same on preserve data.
         gradient_OD: Gradient of the base's loss on train data with respect to its weight.
+        basis: What the method made of the moments for all layers of the site.
     """
 
     train: SecondMoment | None = None
     preserve: SecondMoment | None = None
     gradient_OD: Tensor | None = None
+    basis: SiteBasis | None = None
 
     def of(self, role: Role, layer: str) -> SecondMoment:
         """The moment of one role.
@@ -200,6 +219,21 @@ class Method(AnyMethod):
     def form(self) -> Trains:
         """Which form holds the adapter: what trains."""
         return self.usual_form
+
+    def site_basis(self, site: str, stats: SiteStatistics) -> SiteBasis | None:
+        """What all layers of a site start from, solved once; None where each has its own.
+
+        Args:
+            site: Its name, for messages.
+            stats: Moments of the roles in `needs`, where the solve runs.
+        """
+        return None
+
+    def _basis_of(self, layer: LayerWeights, stats: SiteStatistics) -> SiteBasis:
+        """The basis of the layer's site: the one solved before, or solved now."""
+        found = stats.basis or self.site_basis(layer.name, stats)
+        assert found is not None, f"method {self.name} has no basis of a site"
+        return found
 
     @abstractmethod
     def init(

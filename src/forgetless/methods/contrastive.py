@@ -24,6 +24,7 @@ from forgetless.methods.base import (
     LayerWeights,
     Method,
     Role,
+    SiteBasis,
     SiteStatistics,
     Trains,
 )
@@ -71,22 +72,30 @@ class ContrastiveBasis(Method):
         Method.__post_init__(self)
         self._require(self.epsilon > 0, f"epsilon: expected a number above 0, got {self.epsilon}")
 
-    def init(
-        self, layer: LayerWeights, stats: SiteStatistics, generator: torch.Generator
-    ) -> AdapterInit:
-        """A0 spans the R directions of largest γ; B0 = 0."""
-        plus_DD = stats.of("train", layer.name).mean_DD().to(layer.weight_OD)
-        minus_DD = stats.of("preserve", layer.name).mean_DD().to(layer.weight_OD)
+    def site_basis(self, site: str, stats: SiteStatistics) -> SiteBasis:
+        """The R directions of largest γ."""
+        plus_DD = stats.of("train", site).mean_DD()
+        minus_DD = stats.of("preserve", site).mean_DD()
         ridge = self.epsilon * float(minus_DD.diagonal().mean())
         self._require(
-            ridge > 0, f"layer {layer.name}: expected preserve inputs that are not all 0, got zeros"
+            ridge > 0, f"layer {site}: expected preserve inputs that are not all 0, got zeros"
         )
         basis_DR, gamma_R = generalised_basis(plus_DD, minus_DD, self.rank, ridge=ridge)
-        return AdapterInit(
-            basis_DR.T.contiguous(),
-            layer.weight_OD.new_zeros(layer.weight_OD.shape[0], self.rank),
+        return SiteBasis(
+            basis_DR,
             {
                 "least_gamma": float(gamma_R[-1]),
                 "leakage_calibration": leakage(basis_DR, minus_DD),
             },
+        )
+
+    def init(
+        self, layer: LayerWeights, stats: SiteStatistics, generator: torch.Generator
+    ) -> AdapterInit:
+        """A0 spans the site's basis; B0 = 0."""
+        site = self._basis_of(layer, stats)
+        return AdapterInit(
+            site.basis_DR.T.to(layer.weight_OD).contiguous(),
+            layer.weight_OD.new_zeros(layer.weight_OD.shape[0], self.rank),
+            dict(site.diagnostics),
         )

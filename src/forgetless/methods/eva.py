@@ -21,6 +21,7 @@ from forgetless.methods.base import (
     LayerWeights,
     Method,
     Role,
+    SiteBasis,
     SiteStatistics,
     Trains,
 )
@@ -55,19 +56,25 @@ class EVA(Method):
     usual_form: ClassVar[Trains] = "plain"
     usual_needs: ClassVar[frozenset[Role]] = frozenset({"train"})
 
-    def init(
-        self, layer: LayerWeights, stats: SiteStatistics, generator: torch.Generator
-    ) -> AdapterInit:
-        """A0 = Uᵀ; tells the share of the variance that U holds."""
-        moment = stats.of("train", layer.name)
-        moment_DD = moment.mean_DD().to(layer.weight_OD)
+    def site_basis(self, site: str, stats: SiteStatistics) -> SiteBasis:
+        """The R directions of most variance, and the share of it that they hold."""
+        moment = stats.of("train", site)
+        moment_DD = moment.mean_DD()
         if self.centred:
-            mean_D = moment.mean_D().to(layer.weight_OD)
+            mean_D = moment.mean_D()
             moment_DD = moment_DD - mean_D[:, None] * mean_D
         basis_DR, values_R = top_basis(moment_DD, self.rank)
         total = float(moment_DD.diagonal().sum())
+        share = float(values_R.sum()) / total if total > 0 else 0.0
+        return SiteBasis(basis_DR, {"explained_variance": share})
+
+    def init(
+        self, layer: LayerWeights, stats: SiteStatistics, generator: torch.Generator
+    ) -> AdapterInit:
+        """A0 = Uᵀ; B0 = 0."""
+        site = self._basis_of(layer, stats)
         return AdapterInit(
-            basis_DR.T.contiguous(),
+            site.basis_DR.T.to(layer.weight_OD).contiguous(),
             layer.weight_OD.new_zeros(layer.weight_OD.shape[0], self.rank),
-            {"explained_variance": float(values_R.sum()) / total if total > 0 else 0.0},
+            dict(site.diagnostics),
         )

@@ -19,14 +19,16 @@ from typing import ClassVar, Literal
 import torch
 
 from forgetless.linalg.lowrank import project_and_balance
-from forgetless.linalg.subspace import leakage, null_basis
+from forgetless.linalg.subspace import leakage, null_basis, rounding_of
 from forgetless.methods.base import (
     LORAS_RATE,
     MEASURED_RATE,
+    UNDETERMINED,
     AdapterInit,
     LayerWeights,
     Method,
     Role,
+    SiteBasis,
     SiteStatistics,
     Trains,
 )
@@ -100,15 +102,22 @@ class LoRANull(Method):
         """Source of the default rate."""
         return MEASURED_RATE if self.trains == "b" else LORAS_RATE
 
+    def site_basis(self, site: str, stats: SiteStatistics) -> SiteBasis:
+        """U: the weakest directions of preserve inputs."""
+        moment_DD = stats.of("preserve", site).mean_DD()
+        basis_DR, energies_R = null_basis(moment_DD, self.rank)
+        undetermined = int((energies_R < rounding_of(moment_DD)).sum())
+        found = {"leakage_calibration": leakage(basis_DR, moment_DD), UNDETERMINED: undetermined}
+        return SiteBasis(basis_DR, found)
+
     def init(
         self, layer: LayerWeights, stats: SiteStatistics, generator: torch.Generator
     ) -> AdapterInit:
         """A0 spans the null space; B0 A0 = W U Uᵀ (`balanced`)."""
-        moment_DD = stats.of("preserve", layer.name).mean_DD().to(layer.weight_OD)
-        basis_DR = null_basis(moment_DD, self.rank)
-        found = {"leakage_calibration": leakage(basis_DR, moment_DD)}
+        site = self._basis_of(layer, stats)
+        basis_DR = site.basis_DR.to(layer.weight_OD)
         if self.start == "basis":
             zero_OR = layer.weight_OD.new_zeros(layer.weight_OD.shape[0], self.rank)
-            return AdapterInit(basis_DR.T.contiguous(), zero_OR, found)
+            return AdapterInit(basis_DR.T.contiguous(), zero_OR, dict(site.diagnostics))
         a_RD, b_OR = project_and_balance(layer.weight_OD, basis_DR)
-        return AdapterInit(a_RD, b_OR, found)
+        return AdapterInit(a_RD, b_OR, dict(site.diagnostics))

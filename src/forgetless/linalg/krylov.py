@@ -1,0 +1,80 @@
+"""The few leading eigenvectors of a symmetric operator, without its whole spectrum.
+
+Block Krylov: the space of X, F X, F² X, … for a random block X, grown a block at a time with full
+reorthogonalisation. It stops on what the R leading Ritz values hold together, the energy that the
+methods are about, and not on vectors: of a cluster any basis is as good as another.
+"""
+
+# Shape letters: D = width of the operator, K = width of a block, M = directions so far, R = rank.
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# Partial solves pay from this many times the rank on; below, the whole spectrum is as fast.
+SMALL_RANK = 12
+TOLERANCE = 1.5e-3  # change of the captured energy by one more block, relative
+LARGEST = 10  # directions, in ranks, after which the whole spectrum is the better way
+LARGEST_OF_FEW = 128  # the same of a rank so small that this is more
+
+
+def is_small(rank: int, width: int) -> bool:
+    """Whether R of D directions are few enough for a partial solve."""
+    return rank * SMALL_RANK <= width
+
+
+def krylov_basis(
+    apply: Callable[[Tensor], Tensor],
+    like_DD: Tensor,
+    rank: int,
+    captured: Callable[[Tensor], Tensor] = torch.sum,
+) -> Tensor | None:
+    """Orthonormal Ritz vectors (D, 2R), by descending Ritz value: nearly the R leading ones.
+
+    The start is random, and always the same.
+
+    Args:
+        apply: F X for a block X (D, K); F symmetric, its leading eigenvalues the largest.
+        like_DD: Tensor of the operator's width, and of the device and dtype to work in.
+        rank: R.
+        captured: Of the R leading Ritz values, descending: the figure whose relative change stops
+            the growth, such as their sum.
+
+    Returns:
+        None where the figure goes on changing: solve for the whole spectrum then.
+    """
+    D, block = like_DD.shape[0], max(rank // 2, 8)
+    limit = min(max(LARGEST * rank, LARGEST_OF_FEW), D) // block * block
+    space_DM, ritz_MM = like_DD.new_empty(D, limit), like_DD.new_zeros(limit, limit)
+    next_DK, before = _random(D, block, like_DD), None
+    for start in range(0, limit, block):
+        stop = start + block
+        space_DM[:, start:stop] = _orthonormal(next_DK, space_DM[:, :start])
+        next_DK = apply(space_DM[:, start:stop])
+        ritz_MM[:stop, start:stop] = space_DM[:, :stop].T @ next_DK
+        ritz_MM[start:stop, :stop] = ritz_MM[:stop, start:stop].T
+        if stop < 3 * rank:
+            continue
+        values_M, vectors_MM = torch.linalg.eigh(ritz_MM[:stop, :stop])
+        now = float(captured(values_M.flip(0)[:rank]))
+        if before is not None and abs(now - before) <= TOLERANCE * abs(now):
+            ritz_DM: Tensor = space_DM[:, :stop] @ vectors_MM.flip(1)[:, : 2 * rank]
+            return ritz_DM
+        before = now
+    return None
+
+
+def _orthonormal(block_DK: Tensor, space_DM: Tensor) -> Tensor:
+    """Orthonormal columns, orthogonal to the space; others where the block lies inside of it."""
+    for _ in range(2):
+        block_DK = block_DK - space_DM @ (space_DM.T @ block_DK)
+        block_DK = torch.linalg.qr(block_DK).Q
+    return block_DK
+
+
+def _random(width: int, count: int, like: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(width, count, generator=generator, dtype=torch.float64).to(like)
