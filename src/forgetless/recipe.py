@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import (
     BaseModel,
     BeforeValidator,
+    ByteSize,
     ConfigDict,
     Field,
     field_validator,
@@ -49,12 +50,15 @@ class CalibrationRecipe(_Part):
         batch_size: Rows a forward pass; the moments do not depend on it.
         min_tokens: Kept tokens below which calibration is refused; the width of the widest site
             where it is not given, for methods that use bottom directions.
+        memory_budget: Bytes, such as 8GiB, that second moments may take at a time; what is free
+            where it is not given. Less memory takes more forward passes.
         cache: Whether moments are kept under their fingerprint and taken from there.
     """
 
     source_weights: SourceWeights = "tokens"
     batch_size: int = Field(default=8, ge=1)
     min_tokens: int | None = Field(default=None, ge=1)
+    memory_budget: ByteSize | None = Field(default=None, ge=1)
     cache: bool = True
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 from peft import PeftModel
+from pydantic import ByteSize, TypeAdapter, ValidationError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -15,6 +16,7 @@ from forgetless.errors import AdapterError
 from forgetless.models.untouched import refuse_touched_base
 
 MAX_SEED = 2**63 - 1
+_BYTES = TypeAdapter(ByteSize)
 ADAPTER_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 
 
@@ -64,6 +66,26 @@ def check_arguments(
         raise AdapterError(
             f"cache: expected a folder, got the file {str(cache)!r}; name another place"
         )
+
+
+def parse_bytes(value: object, name: str) -> int | None:
+    """Bytes from a number or from a text such as "8GiB"; None stays None.
+
+    Raises:
+        AdapterError: Neither, or less than 1.
+    """
+    if value is None:
+        return None
+    try:
+        found = int(_BYTES.validate_python(value))
+    except ValidationError:
+        found = 0
+    if isinstance(value, bool) or found < 1:
+        raise AdapterError(
+            f"{name}: expected bytes, such as 8GiB or 500MB, got {value!r}; leave it out to take "
+            "what is free"
+        )
+    return found
 
 
 def _check_whole(name: str, value: object, least: int, hint: str) -> None:

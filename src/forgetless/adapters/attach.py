@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from forgetless.adapters.arguments import check_arguments
+from forgetless.adapters.arguments import check_arguments, parse_bytes
+from forgetless.adapters.from_data import Calibrated, start_from_data
 from forgetless.adapters.in_place import check_startable
 from forgetless.adapters.load import removal
 from forgetless.adapters.peft_layers import refuse_unholdable
-from forgetless.adapters.start import LayerStart, first_gradient, start_layers
+from forgetless.adapters.start import LayerStart, fill_layers
 from forgetless.adapters.variant import LIVE_BOTH
-from forgetless.calibration.calibrate import calibrate, check_token_count
 from forgetless.calibration.engine import SiteMoments
 from forgetless.calibration.weights import weights_that_count
 from forgetless.data.loading import load_rows
@@ -55,7 +55,10 @@ class Attached:
         method: The method with all its options.
         starts: By layer.
         skipped: Layers with weights that got no adapter, with the reason.
-        moments: By role; calibration moments of the base.
+        moments: By role; calibration moments of the base, where they are still at hand.
+        calibrated: By role: on how much.
+        passes: Forward passes over the data, one for each group of layers that fits into memory.
+        moment_bytes: What the moments held at a time take.
         origin: Hash of what A0 and B0 follow from besides the base: method, data, targets, seed.
     """
 
@@ -64,6 +67,9 @@ class Attached:
     starts: dict[str, LayerStart]
     skipped: dict[str, str]
     moments: dict[Role, SiteMoments]
+    calibrated: dict[Role, Calibrated]
+    passes: int
+    moment_bytes: int
     origin: str
 
 
@@ -79,6 +85,7 @@ def attach(
     source_weights: SourceWeights = "tokens",
     batch_size: int = 8,
     min_tokens: int | None = None,
+    memory_budget: int | str | None = None,
     cache: Path | str | None = None,
     adapter: str = "default",
     seed: int = 0,
@@ -101,6 +108,9 @@ def attach(
             every source once, however long it is.
         batch_size: Rows in a calibration forward pass; the result does not depend on it.
         min_tokens: Fewest preserve tokens to accept, in place of the widest site's width.
+        memory_budget: Bytes, or a text such as "8GiB", that second moments may take at a time; by
+            default what is free. What is more takes several forward passes over the data, each over
+            a group of layers and no further; the result is the same.
         cache: Folder to keep second moments, solved starts and `self` samples in; none by default.
         adapter: Name of the adapter in PEFT.
         seed: Seed of random starts.
@@ -123,6 +133,7 @@ def attach(
         adapter=adapter,
         seed=seed,
     )
+    budget = parse_bytes(memory_budget, "memory_budget")
     made = make_method(method, rank)
     selection = find_targets(model, targets)
     refuse_unholdable(model, made, selection.targets)  # before `self` is sampled
@@ -146,6 +157,7 @@ def attach(
         source_weights=source_weights,
         batch_size=batch_size,
         min_tokens=min_tokens,
+        memory_budget=budget,
         cache=folder,
         adapter=adapter,
         seed=seed,
@@ -165,6 +177,7 @@ def attach_rows(
     source_weights: SourceWeights = "tokens",
     batch_size: int = 8,
     min_tokens: int | None = None,
+    memory_budget: int | None = None,
     cache: Path | None = None,
     adapter: str = "default",
     seed: int = 0,
@@ -189,28 +202,23 @@ def attach_rows(
     if not (isinstance(model, PeftModel) and adapter in model.peft_config):
         refuse_unholdable(model, method, selection.targets)
     refuse_overlap({role: row_sets.get(role, ()) for role in sorted(method.reads | also)})
-    moments = {role: found for role, found in (collected or {}).items() if role in method.needs}
-    for role in sorted((method.needs | also) - moments.keys()):
-        if not row_sets.get(role):
-            who = f"method {method.name} needs" if role in method.needs else "regularisers need"
-            raise MethodError(f"{who} {role} data, got none: give {role}_data")
-        moments[role] = calibrate(
-            model,
-            tokenizer,
-            selection.targets,
-            row_sets[role],
-            batch_size=batch_size,
-            source_weights=source_weights,
-            cache=cache,
-            progress=_for_role(progress, role),
-        )
-    if method.rows_for_gradient and gradients is None:
-        gradients = first_gradient(
-            model, tokenizer, method, selection.targets, row_sets.get("train", ()), batch_size
-        )
-    for role in sorted(method.needs & (method.bottom_roles | {"preserve"})):
-        required = role in method.bottom_roles
-        check_token_count(moments[role], role, min_tokens, required=required)
+    found = start_from_data(
+        model,
+        tokenizer,
+        method,
+        selection.targets,
+        row_sets,
+        collected=collected or {},
+        gradients=gradients,
+        also=also,
+        source_weights=source_weights,
+        batch_size=batch_size,
+        min_tokens=min_tokens,
+        memory_budget=memory_budget,
+        cache=cache,
+        seed=seed,
+        progress=progress,
+    )
     with ExitStack() as undo:
         if isinstance(model, PeftModel) and adapter in model.peft_config:
             peft_model = model
@@ -221,14 +229,22 @@ def attach_rows(
         # A folder saved while training holds deviations that PEFT alone would read as an adapter.
         init = LIVE_BOTH if method.form == "both" else True
         peft_model.peft_config[adapter].init_lora_weights = init
-        starts = start_layers(
-            peft_model, method, selection.targets, moments, gradients or {}, adapter, seed, cache
-        )
+        starts = fill_layers(peft_model, method, adapter, found.solved, found.site_of)
         undo.pop_all()
-    calibrated_on = [row_sets.get(role, ()) for role in moments]
+    calibrated_on = [row_sets.get(role, ()) for role in found.calibrated]
     weights = {weights_that_count(sources, source_weights) for sources in calibrated_on}
     origin = _origin(method, row_sets, selection.targets, weights, seed)
-    return Attached(peft_model, method, starts, selection.skipped, moments, origin)
+    return Attached(
+        model=peft_model,
+        method=method,
+        starts={name: starts[name] for name in selection.targets},
+        skipped=selection.skipped,
+        moments=found.moments,
+        calibrated=found.calibrated,
+        passes=found.passes,
+        moment_bytes=found.moment_bytes,
+        origin=origin,
+    )
 
 
 def _origin(
@@ -299,11 +315,3 @@ def _add_adapter(
         if module not in existing:  # PEFT makes them in training mode, whatever the base is in
             module.training = training
     return peft_model
-
-
-def _for_role(
-    progress: Callable[[Role, int, int], None] | None, role: Role
-) -> Callable[[int, int], None] | None:
-    if progress is None:
-        return None
-    return lambda done, total: progress(role, done, total)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,45 +40,67 @@ class LayerStart:
     diagnostics: dict[str, float]
 
 
-def start_layers(
-    model: PeftModel,
+def solve_layers(
+    model: nn.Module,
     method: Method,
     targets: Mapping[str, Target],
     moments: Mapping[Role, SiteMoments],
     gradients: Mapping[str, Tensor],
-    adapter: str,
-    seed: int,
+    seeds: Mapping[str, int],
     cache: Path | None = None,
-) -> dict[str, LayerStart]:
-    """Solve layer by layer and fill the adapter's tensors, each layer with a seed of its own.
+) -> dict[str, AdapterInit]:
+    """A0 and B0 of every target.
 
     With a `cache` what was solved from the same base, data and options before is taken from there;
     what a method only draws is not kept.
 
+    Args:
+        model: The base, or a PeftModel.
+        method: What solves.
+        targets: Layers, whose moments and gradients are there.
+        moments: By role.
+        gradients: By layer, for the methods that ask.
+        seeds: By layer.
+        cache: Folder to keep starts in.
+
     Raises:
-        AdapterError: PEFT has adapted other layers than the targets; a layer's weights are not
-            finite.
+        AdapterError: A layer's weights are not finite.
         MethodError: Data that the method needs are missing.
     """
+    solved = partial(_solved, method, targets, moments, gradients, seeds)
+    if cache is None or method.draws:
+        return dict(solved())
+    stored = StoredStarts(cache, model, method, targets, moments, gradients)
+    return stored.kept(lambda: dict(solved()))
+
+
+def seeds_of(targets: Iterable[str], seed: int) -> dict[str, int]:
+    """A seed of its own for each layer."""
+    return {name: (seed * 1_000_003 + i) % 2**63 for i, name in enumerate(targets)}
+
+
+def fill_layers(
+    model: PeftModel,
+    method: Method,
+    adapter: str,
+    solved: Mapping[str, AdapterInit],
+    site_of: Mapping[str, str],
+) -> dict[str, LayerStart]:
+    """Put what was solved into the adapter's tensors.
+
+    Raises:
+        AdapterError: PEFT has adapted other layers.
+    """
     layers = adapted_layers(model, adapter)
-    if set(layers) != set(targets):
-        odd = sorted(set(layers) ^ set(targets))[0]
+    if set(layers) != set(solved):
+        odd = sorted(set(layers) ^ set(solved))[0]
         raise AdapterError(f"adapter: PEFT and the target list disagree about layer {odd}")
-    solved = _solved(method, targets, moments, gradients, seed)
-    if cache is not None and not method.draws:
-        stored = StoredStarts(cache, model, method, targets, moments, gradients)
-        solved = iter(stored.kept(lambda: dict(solved)).items())
-    form = FORMS[method.form]
     starts = {}
-    for name, init in solved:
-        form.start(layers[name], adapter, init)
-        starts[name] = LayerStart(_site(name, moments), method.rank, dict(init.diagnostics))
+    for name, init in solved.items():
+        FORMS[method.form].start(layers[name], adapter, init)
+        starts[name] = LayerStart(site_of.get(name, name), method.rank, dict(init.diagnostics))
     _warn_of_chance(starts)
-    return {name: starts[name] for name in targets}
-
-
-def _site(name: str, moments: Mapping[Role, SiteMoments]) -> str:
-    return next((found.site_of[name] for found in moments.values()), name)
+    return starts
 
 
 def _warn_of_chance(starts: Mapping[str, LayerStart]) -> None:
@@ -101,13 +124,13 @@ def _solved(
     targets: Mapping[str, Target],
     moments: Mapping[Role, SiteMoments],
     gradients: Mapping[str, Tensor],
-    seed: int,
+    seeds: Mapping[str, int],
 ) -> Iterator[tuple[str, AdapterInit]]:
     """Site by site, so that what its layers share is solved once and no two need to be held."""
-    position = {name: index for index, name in enumerate(targets)}
     by_site: dict[str, list[str]] = {}
     for name in targets:
-        by_site.setdefault(_site(name, moments), []).append(name)
+        site = next((found.site_of[name] for found in moments.values()), name)
+        by_site.setdefault(site, []).append(name)
     for site, names in by_site.items():
         device = _where_it_can_be_solved(targets[names[0]].weight_OD().device)
         here = {role: found.of(names[0]).to(device) for role, found in moments.items()}
@@ -115,7 +138,7 @@ def _solved(
         stats = replace(stats, basis=method.site_basis(site, stats))
         for name in names:
             of_layer = replace(stats, gradient_OD=gradients.get(name))
-            generator = torch.Generator().manual_seed((seed * 1_000_003 + position[name]) % 2**63)
+            generator = torch.Generator().manual_seed(seeds[name])
             yield name, method.init(_weights(name, targets[name], device), of_layer, generator)
 
 

@@ -11,13 +11,22 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from forgetless.calibration.engine import SiteMoments, collect_moments
-from forgetless.calibration.store import load_moments, moments_key, moments_path, save_moments
+from forgetless.calibration.order import CallOrder
+from forgetless.calibration.store import (
+    load_moments,
+    load_site,
+    moments_key,
+    moments_path,
+    read_site_of,
+    save_moments,
+)
 from forgetless.calibration.weights import WeighedSources, weights_that_count
 from forgetless.data.pairs import PairBatch, make_pair_batches, tokenize_pairs
 from forgetless.data.rows import RowSet
 from forgetless.data.spec import SourceWeights
 from forgetless.data.tokens import Batch, TokenRow, make_batches, pad_token_id, tokenize
 from forgetless.errors import ArtefactError, CalibrationError, ForgetlessWarning
+from forgetless.linalg.moments import SecondMoment
 from forgetless.models.cache import made_by_one
 from forgetless.models.fingerprint import model_fingerprint
 from forgetless.models.targets import Target, base_of
@@ -34,75 +43,169 @@ def calibrate(
     cache: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> SiteMoments:
-    """Second moments of the base over all row sets; cached for each.
+    """Second moments of the base over all row sets, of all targets at once; cached for each.
 
     `source_weights` says whether every token has the same weight, or every row set. An
     encoder-decoder reads prompts with its encoder and completions with its decoder.
     """
-    total, done = sum(len(rows.rows) for rows in row_sets), 0
-    sources = WeighedSources(weights_that_count(row_sets, source_weights))
-    shelf = _Shelf(cache, model, targets) if cache is not None else None
-    pairs = base_of(model).config.is_encoder_decoder
-    padding = pad_token_id(tokenizer)
+    calibration = RoleCalibration(
+        model,
+        tokenizer,
+        row_sets,
+        batch_size=batch_size,
+        source_weights=source_weights,
+        cache=cache,
+        progress=progress,
+    )
+    return calibration.collect(targets)
 
-    def batches(tokens: Sequence[TokenRow], rows: RowSet) -> Iterator[Batch] | Iterator[PairBatch]:
-        if pairs:
-            return make_pair_batches(tokens, batch_size=batch_size, pad_token_id=padding)
-        return make_batches(
-            tokens, batch_size=batch_size, pad_token_id=padding, tokens=rows.spec.tokens
-        )
 
-    def advance(rows: int) -> None:
-        nonlocal done
-        done += rows
-        if progress is not None:
-            progress(done, total)
+class RoleCalibration:
+    """Second moments of one role's row sets on a base, a group of layers at a time."""
 
-    for rows in row_sets:
-        tokens = (tokenize_pairs if pairs else tokenize)(rows, tokenizer)
-        before = done
-        collect = partial(
-            collect_moments,
-            model,
-            targets,
-            batches(tokens, rows),
-            source=rows.spec.label,
-            progress=advance,
-        )
-        part = shelf.kept(tokens, rows, collect) if shelf is not None else collect()
-        if done == before:  # kept ones were taken
-            advance(len(tokens))
-        sources.add(part)
-    return sources.total()
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        row_sets: Sequence[RowSet],
+        *,
+        batch_size: int,
+        source_weights: SourceWeights,
+        cache: Path | None,
+        order: CallOrder | None = None,
+        passes: int = 1,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Tokenise; nothing is collected yet.
+
+        Args:
+            model: The base, or a PeftModel.
+            tokenizer: Its tokenizer.
+            row_sets: Sources of the role.
+            batch_size: Rows in a forward pass.
+            source_weights: Whether every token has the same weight, or every source.
+            cache: Folder to keep each source's moments in.
+            order: Of the calls of all layers, where it is known.
+            passes: How many groups there will be, for `progress`.
+            progress: Called with the rows done, and all rows.
+        """
+        self._model, self._batch_size, self._order = model, batch_size, order
+        self._pairs = base_of(model).config.is_encoder_decoder
+        self._padding = pad_token_id(tokenizer)
+        read = tokenize_pairs if self._pairs else tokenize
+        self._sources = [(rows, read(rows, tokenizer)) for rows in row_sets]
+        self._weights = weights_that_count(row_sets, source_weights)
+        self._shelf = _Shelf(cache, model) if cache is not None else None
+        self._progress = progress
+        self._done, self._total = 0, passes * sum(len(rows.rows) for rows in row_sets)
+
+    def collect(self, targets: Mapping[str, Target]) -> SiteMoments:
+        """Moments at the inputs of some layers, over all sources."""
+        sources = WeighedSources(self._weights)
+        for rows, tokens in self._sources:
+            collect = partial(
+                collect_moments,
+                self._model,
+                targets,
+                self._batches(tokens, rows),
+                source=rows.spec.label,
+                order=self._order,
+                progress=self._advance,
+            )
+            before = self._done
+            if self._shelf is None:
+                part = collect()
+            else:
+                part = self._shelf.kept(tokens, rows, list(targets), collect)
+            if self._done == before:  # kept ones were taken
+                self._advance(len(tokens))
+            sources.add(part)
+        return sources.total()
+
+    def stored(self, groups: Sequence[Mapping[str, Target]]) -> SiteMoments | None:
+        """What was collected for these groups, read from the cache a site at a time."""
+        if self._shelf is None:
+            return None
+        files, site_of = {}, {}
+        for targets in groups:
+            names = list(targets)
+            paths = [self._shelf.path(tokens, rows, names) for rows, tokens in self._sources]
+            if not all(path.exists() for path in paths):  # the disk is full
+                return None
+            found = read_site_of(paths[0])
+            site_of.update(found)
+            files.update(dict.fromkeys(found.values(), paths))
+        return SiteMoments(StoredMoments(files, self._weights), site_of)
+
+    def _batches(
+        self, tokens: Sequence[TokenRow], rows: RowSet
+    ) -> Iterator[Batch] | Iterator[PairBatch]:
+        size, padding = self._batch_size, self._padding
+        if self._pairs:
+            return make_pair_batches(tokens, batch_size=size, pad_token_id=padding)
+        return make_batches(tokens, batch_size=size, pad_token_id=padding, tokens=rows.spec.tokens)
+
+    def _advance(self, rows: int) -> None:
+        self._done += rows
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+
+class StoredMoments(Mapping[str, SecondMoment]):
+    """Moments that lie in files, one or more for each site; each is read when it is asked for."""
+
+    def __init__(self, files: Mapping[str, Sequence[Path]], weights: SourceWeights) -> None:
+        """Remember where they are: by site, the file of each source."""
+        self._files, self._weights = dict(files), weights
+
+    def __getitem__(self, site: str) -> SecondMoment:
+        sources = WeighedSources(self._weights)
+        for path in self._files[site]:
+            sources.add(SiteMoments({site: load_site(path, site)}, {}))
+        return sources.total().moments[site]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
 
 
 class _Shelf:
-    """A cache folder, for one model and its targets; what goes wrong with it costs time only."""
+    """A cache folder, for one model; what goes wrong with it costs time only."""
 
-    def __init__(self, folder: Path, model: nn.Module, targets: Mapping[str, Target]) -> None:
+    def __init__(self, folder: Path, model: nn.Module) -> None:
         self._folder = folder
         self._model = model_fingerprint(model)
         self._dtype = str(base_of(model).dtype)
-        self._targets = list(targets)
 
-    def _place(self, tokens: Sequence[TokenRow], rows: RowSet) -> tuple[Path, dict[str, str]]:
-        key = moments_key(
+    def path(self, tokens: Sequence[TokenRow], rows: RowSet, targets: Sequence[str]) -> Path:
+        """The file of one source at some layers."""
+        return moments_path(self._folder, self._key(tokens, rows, targets))
+
+    def _key(
+        self, tokens: Sequence[TokenRow], rows: RowSet, targets: Sequence[str]
+    ) -> dict[str, str]:
+        return moments_key(
             model=self._model,
             dtype=self._dtype,
-            targets=self._targets,
+            targets=targets,
             rows=tokens,
             tokens=rows.spec.tokens,
         )
-        return moments_path(self._folder, key), key
 
     def kept(
-        self, tokens: Sequence[TokenRow], rows: RowSet, collect: Callable[[], SiteMoments]
+        self,
+        tokens: Sequence[TokenRow],
+        rows: RowSet,
+        targets: Sequence[str],
+        collect: Callable[[], SiteMoments],
     ) -> SiteMoments:
         """Moments of these tokens: from the folder, or collected and kept for the next time.
 
         Of several processes one collects, the others wait and read.
         """
-        path, key = self._place(tokens, rows)
+        path, key = self.path(tokens, rows, targets), self._key(tokens, rows, targets)
         there = path.exists()
         found = _take(path, key)
         if found is None:

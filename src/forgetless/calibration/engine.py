@@ -86,7 +86,7 @@ def collect_moments(
     with base_forward(model) as decoder:
         if order is None:
             order = find_call_order(model, decoder, targets)
-        refuse_beyond_memory(base_of(model), targets, order)
+        refuse_beyond_memory(model, targets, order)
         calls = order.of(targets)
         with observe_sites(model, targets, collector.observe, calls) as sites:
             for batch in batches:

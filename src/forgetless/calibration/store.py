@@ -117,6 +117,31 @@ def load_moments(path: Path, key: Mapping[str, str]) -> SiteMoments | None:
     return SiteMoments(moments, site_of)
 
 
+def read_site_of(path: Path) -> dict[str, str]:
+    """Target name to site, of a file that this process has written or read."""
+    with safe_open(path, framework="pt") as file:
+        return {str(t): str(s) for t, s in json.loads(file.metadata()["site_of"]).items()}
+
+
+def load_site(path: Path, site: str) -> SecondMoment:
+    """One moment of a file that this process has written or read.
+
+    Raises:
+        ArtefactError: It has gone, or is damaged, since.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads(file.metadata()["sites"])[site]
+            moment = _site(file, site, facts)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise ArtefactError(
+            f"{path}: expected the moment of site {site}, which was there before; run again"
+        ) from error
+    if _digest(moment.lower_DD, moment.sum_D) != facts["sha256"]:
+        raise ArtefactError(f"{path}: damaged (the moment of site {site}); run again")
+    return moment
+
+
 @dataclass(frozen=True, slots=True)
 class MomentsHeader:
     """What a file of second moments says of itself.

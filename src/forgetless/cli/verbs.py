@@ -94,18 +94,25 @@ def calibrate(
 ) -> None:
     """Collect second moments only; they are cached, and a later run re-uses them."""
     from forgetless.experiments.run import calibrate_only
+    from forgetless.models.hardware import GIB, peak_memory
     from forgetless.recipe import load_recipe
 
-    attached = calibrate_only(
+    started = calibrate_only(
         load_recipe(recipe, overrides or ()), progress=progress_of(quiet, verbose), resume=again()
     )
-    for role, found in attached.moments.items():
-        widest = max(moment.width for moment in found.moments.values())
+    for role, found in started.calibrated.items():
         print_text(
-            f"{role}: {found.num_tokens} tokens at {len(found.moments)} sites, the widest {widest}"
+            f"{role}: {found.tokens} tokens at {found.sites} sites, the widest {found.width}"
         )
-    if not attached.moments:
-        print_text(f"method {attached.method.name} needs no calibration")
+    if not started.calibrated:
+        print_text(f"method {started.method.name} needs no calibration")
+        return
+    passes = "one pass" if started.passes == 1 else f"{started.passes} passes"
+    print_text(
+        f"Moments held at a time: {started.moment_bytes / GIB:.2f} GiB, in {passes} over the data"
+    )
+    peak = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in peak_memory().items())
+    print_text(f"Peak memory: {peak}")
 
 
 def train(

@@ -22,6 +22,7 @@ _FREE = frozenset(
     {
         "output",
         "calibration.batch_size",
+        "calibration.memory_budget",
         "calibration.cache",
         "training.save_steps",
         "training.logging_steps",
@@ -35,7 +36,7 @@ _MEASURING = frozenset({"evaluation", *SHOWING})
 # Keys that folders of earlier versions lack, by part, with what those versions did.
 _ADDED: Mapping[str | None, Mapping[str, Any]] = {
     None: {"quantization": "none"},
-    "calibration": {"source_weights": "tokens"},
+    "calibration": {"source_weights": "tokens", "memory_budget": None},
     "training": {"lora_plus_ratio": None, "regularisers": []},
     "evaluation": {"lm_eval": None},
 }

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from forgetless.adapters.attach import attach_rows
+from forgetless.adapters.from_data import Calibrated
 from forgetless.adapters.start import LayerStart
 from forgetless.calibration.calibrate import calibrate
 from forgetless.calibration.engine import SiteMoments
@@ -30,7 +31,10 @@ class Started:
         method: With all its options.
         starts: Of every adapted layer.
         skipped: Layers with weights that got no adapter, with the reason.
-        moments: By role; calibration moments of the base.
+        moments: By role; calibration moments of the base, where they are still at hand.
+        calibrated: By role: on how much.
+        passes: Forward passes over the data of a role, one for each group of layers.
+        moment_bytes: What the moments held at a time take.
         origin: What the start follows from besides the base.
     """
 
@@ -39,6 +43,9 @@ class Started:
     starts: dict[str, LayerStart]
     skipped: dict[str, str]
     moments: dict[Role, SiteMoments]
+    calibrated: dict[Role, Calibrated]
+    passes: int
+    moment_bytes: int
     origin: str
 
 
@@ -69,6 +76,7 @@ def start_run(
         source_weights=recipe.calibration.source_weights,
         batch_size=recipe.calibration.batch_size,
         min_tokens=recipe.calibration.min_tokens,
+        memory_budget=recipe.calibration.memory_budget,
         cache=kept,
         seed=recipe.seed,
         progress=progress,
@@ -79,6 +87,9 @@ def start_run(
         starts=attached.starts,
         skipped=attached.skipped,
         moments=attached.moments,
+        calibrated=attached.calibrated,
+        passes=attached.passes,
+        moment_bytes=attached.moment_bytes,
         origin=attached.origin,
     )
 
@@ -92,8 +103,9 @@ def _full(
     progress: Callable[[Role, int, int], None],
 ) -> Started:
     moments: dict[Role, SiteMoments] = {}
+    size = 0
     if calibrated_for(recipe):
-        moments["preserve"] = calibrate(
+        found = moments["preserve"] = calibrate(
             loaded.model,
             loaded.tokenizer,
             find_targets(loaded.model).targets,
@@ -103,8 +115,20 @@ def _full(
             cache=cache,
             progress=lambda done, total: progress("preserve", done, total),
         )
+        size = sum(m.width * (m.width + 1) * 4 for m in found.moments.values())
     # What `drift` pulls to follows from the moments, and so from how their sources count.
     calibrated_on = data.preserve if moments else ()
     weights = weights_that_count(calibrated_on, recipe.calibration.source_weights)
     origin = "the base" if weights == "tokens" else f"the base, sources weighed {weights}"
-    return Started(copied(loaded.model), method, {}, {}, moments, origin)
+    calibrated = {role: Calibrated.on(found) for role, found in moments.items()}
+    return Started(
+        model=copied(loaded.model),
+        method=method,
+        starts={},
+        skipped={},
+        moments=moments,
+        calibrated=calibrated,
+        passes=len(moments),
+        moment_bytes=size,
+        origin=origin,
+    )

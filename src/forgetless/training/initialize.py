@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer
 
-from forgetless.adapters.arguments import check_arguments
+from forgetless.adapters.arguments import check_arguments, parse_bytes
 from forgetless.adapters.attach import attach_rows
 from forgetless.adapters.forms import adapted_layers, align_adapter_dtype
 from forgetless.adapters.in_place import check_startable
@@ -48,6 +48,7 @@ def initialize(
     source_weights: SourceWeights = "tokens",
     batch_size: int = 8,
     min_tokens: int | None = None,
+    memory_budget: int | str | None = None,
     cache: Path | str | None = None,
     seed: int = 0,
 ) -> PeftModel:
@@ -72,6 +73,8 @@ def initialize(
         source_weights: How several sources of preserve data count, as for `attach`.
         batch_size: Rows in a calibration forward pass.
         min_tokens: Fewest preserve tokens to accept, in place of the widest site's width.
+        memory_budget: Bytes that second moments of preserve data may take at a time, as for
+            `attach`.
         cache: Folder to keep second moments of preserve data and `self` samples in.
         seed: Seed of random starts and of the draw of train rows.
 
@@ -98,6 +101,7 @@ def initialize(
         seed=seed,
         in_place=existing is not None,
     )
+    budget = parse_bytes(memory_budget, "memory_budget")
     if existing is not None:
         targets = _layers_of(trainer.model, existing, targets)
         rank = _rank_of(trainer.model, existing, method, rank)
@@ -130,6 +134,7 @@ def initialize(
             source_weights=source_weights,
             batch_size=batch_size,
             min_tokens=min_tokens,
+            memory_budget=budget,
             cache=folder,
             adapter=adapter,
             seed=seed,
