@@ -29,6 +29,7 @@ from forgetless.adapters.variant import FIXED_A, FIXED_B, BothVariant
 from forgetless.errors import AdapterError
 from forgetless.linalg.lowrank import concatenated_delta
 from forgetless.methods.base import AdapterInit, Trains
+from forgetless.models.placement import computes_on
 
 
 class Form(ABC):
@@ -39,6 +40,7 @@ class Form(ABC):
 
     def start(self, layer: LoraLayer, adapter: str, init: AdapterInit) -> None:
         """Put (A0, B0) into a layer made by PEFT, with ΔW = 0 exactly, and freeze what must be."""
+        _materialise(layer, adapter)
         with torch.no_grad():
             self._fill(layer, adapter, init)
         for name in ("lora_A", "lora_B"):
@@ -68,6 +70,14 @@ class Form(ABC):
     def down_projection(self, layer: LoraLayer, adapter: str) -> Tensor:
         """The A (R, D) of the paper, which the adapter reads its input through."""
         return layer.lora_A[adapter].weight.detach()
+
+
+def _materialise(layer: LoraLayer, adapter: str) -> None:
+    """Give an adapter memory where PEFT made it beside weights that accelerate keeps elsewhere."""
+    for name in ("lora_A", "lora_B"):
+        module = getattr(layer, name)[adapter]
+        if module.weight.is_meta:
+            module.to_empty(device=computes_on(layer.get_base_layer()))
 
 
 class _StartsAtA(Form):

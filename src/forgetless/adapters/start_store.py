@@ -27,6 +27,7 @@ from forgetless.errors import ForgetlessWarning
 from forgetless.methods.base import AdapterInit, Method, Role
 from forgetless.models.cache import made_by_one
 from forgetless.models.fingerprint import model_fingerprint
+from forgetless.models.placement import input_device
 from forgetless.models.targets import Target, base_of
 
 _FORMAT = "forgetless-starts-1"
@@ -51,7 +52,7 @@ class StoredStarts:
             torch.__version__,
             _code(),
             model_fingerprint(model),
-            str(base_of(model).device.type),
+            input_device(base_of(model)).type,
             method.name,
             asdict(method),
             sorted(targets),

@@ -24,6 +24,7 @@ from forgetless.data.pairs import IGNORED_LABEL, PairBatch
 from forgetless.data.tokens import Batch
 from forgetless.errors import CalibrationError
 from forgetless.linalg.moments import SecondMoment
+from forgetless.models.placement import input_device
 from forgetless.models.targets import Target, base_of, module_suffixes
 
 SHOWN_NAMES = 8
@@ -82,7 +83,7 @@ def collect_moments(
             little free memory.
     """
     collector = _Collector(source)
-    device = next(model.parameters()).device
+    device = input_device(base_of(model))
     with base_forward(model) as decoder:
         if order is None:
             order = find_call_order(model, decoder, targets)

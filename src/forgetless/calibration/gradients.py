@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 from forgetless.data.tokens import Batch
 from forgetless.errors import CalibrationError
 from forgetless.linalg.precision import full_precision
+from forgetless.models.placement import input_device
 from forgetless.models.state import left_as_found
 from forgetless.models.targets import Target, base_of
 
@@ -57,7 +58,7 @@ def collect_gradients(
         stack.enter_context(left_as_found(model))
         if isinstance(model, PeftModel):
             stack.enter_context(model.disable_adapter())
-        device = base.get_input_embeddings().weight.device
+        device = input_device(base)
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(torch.enable_grad())
         model.eval()

@@ -17,6 +17,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from forgetless.models.placement import input_device
 from forgetless.models.state import left_as_found
 from forgetless.models.targets import Target, base_of
 from forgetless.models.untouched import refuse_touched_base
@@ -113,7 +114,7 @@ def base_forward(model: nn.Module) -> Iterator[nn.Module]:
         if isinstance(model, PeftModel):
             stack.enter_context(model.disable_adapter())
         stack.enter_context(torch.no_grad())
-        device = next(model.parameters()).device.type
+        device = input_device(base_of(model)).type
         stack.enter_context(torch.autocast(device, enabled=False))
         model.eval()
         yield base_of(model).base_model

@@ -14,6 +14,7 @@ from forgetless.calibration.hooks import base_forward
 from forgetless.calibration.order import CallOrder, find_call_order
 from forgetless.errors import CalibrationError
 from forgetless.models.hardware import GIB, free_memory
+from forgetless.models.placement import input_device
 from forgetless.models.targets import Target, base_of
 
 SOLVE_MATRICES = 4  # of float64, as wide as the widest site, that a solve needs beside the moments
@@ -55,6 +56,7 @@ def plan_calibration(
         CalibrationError: One site alone takes more.
     """
     base = base_of(model)
+    device = input_device(base)
     with base_forward(model) as decoder:
         order = find_call_order(model, decoder, targets)
     sites: dict[str, list[str]] = {order.site_of[name]: [] for name in order.of(targets)}
@@ -64,8 +66,8 @@ def plan_calibration(
             sites[order.site_of[name]].append(name)
     sizes = {site: copies * moment_bytes(targets, [site], base.dtype) for site in sites}
     if budget is None:
-        budget = _free(base.device, targets)
-        _check_site(targets, sizes, budget, f"free on {base.device.type}", "name fewer layers")
+        budget = _free(device, targets)
+        _check_site(targets, sizes, budget, f"free on {device.type}", "name fewer layers")
     else:
         _check_site(targets, sizes, budget, "in memory_budget", "raise it, or name fewer layers")
     groups: list[list[str]] = [[]]
@@ -106,14 +108,15 @@ def refuse_beyond_memory(model: nn.Module, targets: Mapping[str, Target], order:
         CalibrationError: States what is needed and what is free.
     """
     base = base_of(model)
-    free = free_memory(base.device)
+    device = input_device(base)
+    free = free_memory(device)
     names = sorted({order.site_of[name] for name in targets if name in order.site_of})
     needed = moment_bytes(targets, names, base.dtype)
     if needed > free:
         widest = max(names, key=lambda name: targets[name].in_features)
         raise CalibrationError(
             f"calibration: expected {needed / GIB:.3g} GiB of free memory for the moments of "
-            f"{len(names)} sites, got {free / GIB:.3g} GiB on {base.device.type}; name fewer "
+            f"{len(names)} sites, got {free / GIB:.3g} GiB on {device.type}; name fewer "
             f"layers in targets, first of all not {widest.rpartition('.')[2]}, which is "
             f"{targets[widest].in_features} wide"
         )

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from forgetless.calibration.hooks import observe_sites
+from forgetless.models.placement import input_device
 from forgetless.models.targets import Target, base_of
 
 
@@ -42,11 +43,7 @@ def find_call_order(
         targets: Layers to look at.
     """
     base = base_of(model)
-    token_BT = torch.zeros(
-        1, 1, dtype=torch.int64, device=base.get_input_embeddings().weight.device
-    )
-    if token_BT.is_meta:  # offloaded: accelerate moves inputs to where a layer runs
-        token_BT = torch.zeros(1, 1, dtype=torch.int64)
+    token_BT = torch.zeros(1, 1, dtype=torch.int64, device=input_device(base))
     second = {"decoder_input_ids": token_BT} if base.config.is_encoder_decoder else {}
     with observe_sites(model, targets, lambda _site, _x: None) as sites:
         decoder(

@@ -22,7 +22,6 @@ from forgetless.errors import AdapterError, ForgetlessWarning, ModelError, Recip
 from forgetless.evaluation.base_cache import BaseCache
 from forgetless.evaluation.items import EvaluationItem
 from forgetless.evaluation.judges import Judge, check_judges
-from forgetless.evaluation.likelihood import input_device
 from forgetless.evaluation.lm_eval.spec import (
     LmEvalInput,
     LmEvalRecipe,
@@ -38,6 +37,7 @@ from forgetless.evaluation.results import EvaluationReport, ItemResult, Movement
 from forgetless.evaluation.tuned_model import active_adapter, opened, scaled
 from forgetless.models.fingerprint import model_fingerprint
 from forgetless.models.pair import TunedModel, reference_of
+from forgetless.models.placement import input_device
 from forgetless.models.state import left_as_found, random_state_kept
 from forgetless.models.targets import base_of
 

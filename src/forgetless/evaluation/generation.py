@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from forgetless.data.tokens import pad_token_id
-from forgetless.evaluation.likelihood import input_device
+from forgetless.models.placement import input_device
 from forgetless.models.targets import base_of
 
 

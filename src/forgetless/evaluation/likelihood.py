@@ -27,6 +27,7 @@ from forgetless.data.tokens import Batch, TokenRow, make_batches, pad_token_id
 from forgetless.evaluation.base_states import BaseStates
 from forgetless.evaluation.selection import PositionLogits, StateLogits, model_inputs
 from forgetless.models.pair import TunedModel
+from forgetless.models.placement import input_device
 from forgetless.models.targets import base_of
 
 
@@ -150,11 +151,6 @@ def kl_divergence(base_log_CV: Tensor, tuned_log_CV: Tensor) -> Tensor:
     tuned_log_CV = tuned_log_CV.to(base_log_CV.device)
     base_CV = base_log_CV.exp()
     return (base_CV * (base_log_CV - tuned_log_CV)).masked_fill(base_CV == 0, 0.0).sum(-1)
-
-
-def input_device(model: PreTrainedModel) -> torch.device:
-    """Where token ids must be."""
-    return model.get_input_embeddings().weight.device
 
 
 @dataclass(frozen=True, slots=True)

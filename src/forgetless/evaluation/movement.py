@@ -29,12 +29,12 @@ from forgetless.data.rows import RowSet
 from forgetless.data.tokens import Batch, make_batches, pad_token_id, tokenize
 from forgetless.errors import AdapterError, CalibrationError, ForgetlessWarning
 from forgetless.evaluation.dense_updates import dense_updates
-from forgetless.evaluation.likelihood import input_device
 from forgetless.evaluation.results import LayerMovement, Movement
 from forgetless.evaluation.selection import model_inputs
 from forgetless.linalg.lowrank import isometric_core, row_space
 from forgetless.linalg.moments import drift_bound, moment_drift
 from forgetless.models.pair import TunedModel, TunedPair, reference_of
+from forgetless.models.placement import input_device
 from forgetless.models.targets import Target, base_of, find_targets
 
 _BATCH_SIZE = 8

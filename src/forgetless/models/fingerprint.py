@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from forgetless.models.bitsandbytes_cpu import keep_trainable_layout
 from forgetless.models.dequantize import is_quantized
+from forgetless.models.placement import values_of
 
 # Configuration keys that say nothing about what the model computes: where it came from and what
 # wrote it, what the tensors tell already, and what training libraries change on the way.
@@ -53,12 +54,13 @@ def model_fingerprint(model: nn.Module) -> str:
     keep_trainable_layout(model)
     state = hashlib.sha256()
     seen: set[int] = set()
-    for name, tensor in list(_base_tensors(model, "")):  # a list: none is freed, no id comes twice
-        if id(tensor) in seen:
+    tied = _tied_names(model)
+    for name, tensor, owner in list(_base_tensors(model, "")):  # a list: no id comes twice
+        if id(tensor) in seen or (tensor.is_meta and name in tied):
             continue
         seen.add(id(tensor))
         state.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\0".encode())
-        for part in _plain_parts(tensor):
+        for part in _plain_parts(values_of(owner, name.rpartition(".")[2], tensor)):
             state.update(_bytes(part))
     state.update(_architecture(model).encode())
     return state.hexdigest()[:16]
@@ -76,13 +78,16 @@ def rounded_fingerprint(model: nn.Module) -> str | None:
     """
     state = hashlib.sha256()
     seen: set[int] = set()
-    for name, tensor in _base_tensors(model, ""):
-        if id(tensor) in seen or tensor.dtype in (torch.bool, torch.int64):  # masks, positions
+    tied = _tied_names(model)
+    for name, tensor, owner in _base_tensors(model, ""):
+        if id(tensor) in seen or (tensor.is_meta and name in tied):
+            continue
+        if tensor.dtype in (torch.bool, torch.int64):  # masks, positions
             continue
         seen.add(id(tensor))
         if not _rounds_alike(tensor):
             return None
-        _add_rounded(state, name, tensor)
+        _add_rounded(state, name, tensor, owner)
     return state.hexdigest()[:16]
 
 
@@ -99,16 +104,22 @@ def unquantized_fingerprint(model: nn.Module) -> str | None:
     found = 0
     base = _without_peft(model)
     linear = {name for name, module in _base_modules(base, "") if _is_linear(module)}
-    for name, tensor in _base_tensors(base, ""):
+    for name, tensor, owner in _base_tensors(base, ""):
         if tensor.ndim > 2 or not isinstance(tensor, nn.Parameter):  # experts, buffers
             continue
         if name.rpartition(".")[0] in linear:
             continue
         if not _rounds_alike(tensor):
             return None
-        _add_rounded(state, name, tensor)
+        _add_rounded(state, name, tensor, owner)
         found += 1
     return state.hexdigest()[:16] if found else None
+
+
+def _tied_names(model: nn.Module) -> Container[str]:
+    """Names of tensors that are another one: accelerate offloads them apart."""
+    base = _without_peft(model)
+    return base.all_tied_weights_keys if isinstance(base, PreTrainedModel) else ()
 
 
 def _rounds_alike(tensor: Tensor) -> bool:
@@ -117,24 +128,26 @@ def _rounds_alike(tensor: Tensor) -> bool:
     return is_plain and tensor.dtype in (torch.float32, torch.bfloat16)
 
 
-def _add_rounded(state: Any, name: str, tensor: Tensor) -> None:
+def _add_rounded(state: Any, name: str, tensor: Tensor, owner: nn.Module) -> None:
     state.update(f"{name} {tuple(tensor.shape)}\0".encode())
-    state.update(_bytes(tensor.detach().to(torch.bfloat16)))
+    values = values_of(owner, name.rpartition(".")[2], tensor)
+    state.update(_bytes(values.detach().to(torch.bfloat16)))
 
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D) or hasattr(module, "in_features")
 
 
-def _base_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+def _base_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor, nn.Module]]:
+    """Name, tensor as it is held (perhaps on the meta device), and the layer that owns it."""
     module = _without_peft(module)
     for name, parameter in module.named_parameters(recurse=False):
-        yield prefix + name, parameter
+        yield prefix + name, parameter, module
     buffers = dict(module.named_buffers(recurse=False))
     if buffers:
         stored = module.state_dict(keep_vars=True)
-        yield from ((prefix + name, buffers[name]) for name in buffers if name in stored)
-    yield from ((prefix + name, tensor) for name, tensor in _scales(module).items())
+        yield from ((prefix + name, buffers[name], module) for name in buffers if name in stored)
+    yield from ((prefix + name, tensor, module) for name, tensor in _scales(module).items())
     for name, child in module.named_children():
         yield from _base_tensors(child, f"{prefix}{name}.")
 

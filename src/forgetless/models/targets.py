@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from forgetless.errors import AdapterError
 from forgetless.models.dequantize import dense_weight, is_quantized
 from forgetless.models.pair import TunedPair
+from forgetless.models.placement import values_of, with_weights
 
 HEAD, EMBEDDING = "output head", "embedding"
 USUAL_REASONS = (HEAD, EMBEDDING)  # layers that nobody expects to get an adapter
@@ -45,7 +46,8 @@ class Target:
 
     def weight_OD(self) -> Tensor:
         """The weight, (O, D), dequantised, float32 or wider; not to be written to."""
-        weight = dense_weight(self.name, self.module)
+        with with_weights(self.module):
+            weight = dense_weight(self.name, self.module)
         if isinstance(self.module, Conv1D):
             weight = weight.T
         return weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -55,6 +57,7 @@ class Target:
         bias = getattr(self.module, "bias", None)  # quantised layers may have no such attribute
         if not isinstance(bias, Tensor):
             return None
+        bias = values_of(self.module, "bias", bias)
         return bias.detach().to(torch.promote_types(bias.dtype, torch.float32))
 
 

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from forgetless.data.tokens import TokenRow, has_target, make_batches, pad_token_id
-from forgetless.evaluation.likelihood import input_device, kl_divergence
+from forgetless.evaluation.likelihood import kl_divergence
 from forgetless.evaluation.selection import chunk_size, model_inputs, output_head
+from forgetless.models.placement import input_device
 from forgetless.models.state import left_as_found
 from forgetless.models.targets import base_of
 from forgetless.training.loss import chosen_logits
