@@ -186,7 +186,7 @@ def test_a_layer_that_is_called_twice_is_seen_twice() -> None:
     name = "model.layers.0.mlp.down_proj"
     targets[name].module.register_forward_pre_hook(add)
     with torch.no_grad():
-        model(input_ids=torch.tensor([[5, 6, 7, 11]]))
+        model(input_ids=torch.tensor([[5, 6, 7, 11]]), use_cache=False)
     assert found.of(name).num_tokens == seen["down"].num_tokens == 8
     torch.testing.assert_close(found.of(name).mean_DD(), seen["down"].mean_DD())
 
