@@ -18,6 +18,9 @@ _ROWS = 1024  # of a moment that are widened at a time
 # directions are wanted than earn a reward, the last ones lie in a cluster near 0.
 _WHOLE_SPECTRUM = 1024
 
+# Energy of a direction, over the rounding of a factor, from which on the factor tells it apart.
+_CLEAR = 100
+
 
 def check_rank(rank: int, width: int) -> None:
     """Refuse a rank that no basis in `width` dimensions has.
@@ -100,7 +103,8 @@ def _partial_null(moment_DD: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
     """Energies, ascending, and a basis of at least R directions; None where it does not converge.
 
     The inverse is that of M plus a shift of the size of its factor's rounding. Where directions
-    carry no more than the shift it would blur them: then the factor is taken in float64.
+    carry hardly more than that, the rounding of the factor would pick others in their place: then
+    it is taken in float64.
     """
     trace = float(moment_DD.diagonal().sum())
     if not trace > 0:
@@ -116,7 +120,7 @@ def _partial_null(moment_DD: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
         if near_DM is None:
             return None
         values, vectors = _ritz(moment_DD, near_DM)
-        if dtype == torch.float64 or float(values[:rank].mean()) > 4 * shift * trace:
+        if dtype == torch.float64 or float(values[:rank].mean()) > _CLEAR * shift * trace:
             return values, vectors
     return None
 
