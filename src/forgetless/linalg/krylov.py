@@ -3,6 +3,9 @@
 Block Krylov: the space of X, F X, F² X, … for a random block X, grown a block at a time with full
 reorthogonalisation. It stops on what the R leading Ritz values hold together, the energy that the
 methods are about, and not on vectors: of a cluster any basis is as good as another.
+
+A block is as wide as R. Of equal eigenvalues a block of K finds K, and the rest only through
+rounding, after the figure has long stood still.
 """
 
 # Shape letters: D = width of the operator, K = width of a block, M = directions so far, R = rank.
@@ -17,7 +20,7 @@ from torch import Tensor
 # Partial solves pay from this many times the rank on; below, the whole spectrum is as fast.
 SMALL_RANK = 12
 TOLERANCE = 1.5e-3  # change of the captured energy by one more block, relative
-LARGEST = 10  # directions, in ranks, after which the whole spectrum is the better way
+LARGEST = 14  # directions, in ranks, after which the whole spectrum is the better way
 LARGEST_OF_FEW = 128  # the same of a rank so small that this is more
 
 
@@ -46,7 +49,7 @@ def krylov_basis(
     Returns:
         None where the figure goes on changing: solve for the whole spectrum then.
     """
-    D, block = like_DD.shape[0], max(rank // 2, 8)
+    D, block = like_DD.shape[0], max(rank, 8)
     limit = min(max(LARGEST * rank, LARGEST_OF_FEW), D) // block * block
     space_DM, ritz_MM = like_DD.new_empty(D, limit), like_DD.new_zeros(limit, limit)
     next_DK, before = _random(D, block, like_DD), None
@@ -55,7 +58,7 @@ def krylov_basis(
         space_DM[:, start:stop] = _orthonormal(next_DK, space_DM[:, :start])
         next_DK = apply(space_DM[:, start:stop])
         ritz_MM[:stop, start:stop] = space_DM[:, :stop].T @ next_DK
-        ritz_MM[start:stop, :stop] = ritz_MM[:stop, start:stop].T
+        ritz_MM[start:stop, :stop] = ritz_MM[:stop, start:stop].T.clone()
         if stop < 3 * rank:
             continue
         values_M, vectors_MM = torch.linalg.eigh(ritz_MM[:stop, :stop])
@@ -68,11 +71,22 @@ def krylov_basis(
 
 
 def _orthonormal(block_DK: Tensor, space_DM: Tensor) -> Tensor:
-    """Orthonormal columns, orthogonal to the space; others where the block lies inside of it."""
-    for _ in range(2):
-        block_DK = block_DK - space_DM @ (space_DM.T @ block_DK)
-        block_DK = torch.linalg.qr(block_DK).Q
+    """Orthonormal columns, orthogonal to the space; random ones for those that lie inside of it."""
+    block_DK, _ = _outside(block_DK, space_DM)
+    block_DK, left_K = _outside(block_DK, space_DM)
+    lost_K = left_K < 0.5  # of unit length: what is left of these is rounding
+    if bool(lost_K.any()):
+        random_DK = _random(len(block_DK), block_DK.shape[1], block_DK)
+        block_DK = torch.where(lost_K, random_DK, block_DK)
+        for _ in range(2):
+            block_DK, _ = _outside(block_DK, space_DM)
     return block_DK
+
+
+def _outside(block_DK: Tensor, space_DM: Tensor) -> tuple[Tensor, Tensor]:
+    """What a block adds to the space, as orthonormal columns, and how much each one adds."""
+    block_DK, upper_KK = torch.linalg.qr(block_DK - space_DM @ (space_DM.T @ block_DK))
+    return block_DK, upper_KK.diagonal().abs()
 
 
 def _random(width: int, count: int, like: Tensor) -> Tensor:

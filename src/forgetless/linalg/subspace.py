@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -96,7 +97,12 @@ def rounding_of(moment_DD: Tensor) -> float:
 
     Below it the choice among directions is chance.
     """
-    return torch.finfo(moment_DD.dtype).eps * float(torch.linalg.matrix_norm(moment_DD))
+    largest = float(moment_DD.diagonal().max())  # no entry of a moment is larger
+    if not largest > 0:
+        return 0.0
+    # Squares of entries may leave float32 where the entries do not.
+    norms = [float((part / largest).norm()) for part in torch.split(moment_DD, _ROWS)]
+    return torch.finfo(moment_DD.dtype).eps * largest * math.hypot(*norms)
 
 
 def _partial_null(moment_DD: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
