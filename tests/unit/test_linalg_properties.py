@@ -12,7 +12,7 @@ from torch import Tensor
 from forgetless.linalg.generalised import generalised_basis
 from forgetless.linalg.krylov import is_small
 from forgetless.linalg.moments import SecondMoment
-from forgetless.linalg.subspace import contrast_basis, null_basis, top_basis
+from forgetless.linalg.subspace import contrast_basis, null_basis, rounding_of, top_basis
 
 EPS = torch.finfo(torch.float32).eps
 # D = 1, and widths at and beside the edges of the blocks that a sum is made in.
@@ -146,6 +146,30 @@ def test_the_energy_of_a_basis_is_within_a_percent_of_the_best(
     held = np.trace(vectors.T @ wide @ vectors)
     assert abs(held - best) <= 0.01 * abs(best) + noise
     assert abs(float(energies.double().sum()) - held) <= 0.01 * abs(held) + noise
+
+
+@pytest.mark.parametrize("rank", [8, 32])
+def test_a_moment_of_zeros_has_orthonormal_directions(rank: int) -> None:
+    vectors = top_basis(torch.zeros(384, 384), rank)[0].double()
+    assert (vectors.T @ vectors - torch.eye(rank)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("null", [True, False])
+def test_more_equal_eigenvalues_than_directions_are_asked_for(null: bool) -> None:
+    """A block narrower than the cluster finds no more of it than it is wide."""
+    width, rank = 768, 32
+    values = np.logspace(-3, 0, width)
+    values[:60], values[-35:] = values[0], values[-1]
+    moment = moment_with(values, 3, 1.0)
+    basis = (null_basis if null else top_basis)(moment, rank)[0].double().numpy()
+    best = values[:rank].sum() if null else values[-rank:].sum()
+    assert np.trace(basis.T @ moment.double().numpy() @ basis) == pytest.approx(best, rel=0.01)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_the_rounding_of_a_moment_is_its_norm_in_units_of_the_last_place(scale: float) -> None:
+    moment = moment_with(np.logspace(-3, 0, 13), 3, scale)
+    assert rounding_of(moment) == pytest.approx(EPS * np.linalg.norm(moment.double()), rel=1e-4)
 
 
 def test_both_ways_to_solve_are_tested() -> None:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 # Partial solves pay from this many times the rank on; below, the whole spectrum is as fast.
 SMALL_RANK = 12
-TOLERANCE = 1.5e-3  # change of the captured energy by one more block, relative
+TOLERANCE = 1e-2  # change of the captured energy from one look to the next, relative
+LOOKS = 2  # blocks from one look to the next: looking takes an eigendecomposition
 LARGEST = 14  # directions, in ranks, after which the whole spectrum is the better way
 LARGEST_OF_FEW = 128  # the same of a rank so small that this is more
 
@@ -59,11 +60,12 @@ def krylov_basis(
         next_DK = apply(space_DM[:, start:stop])
         ritz_MM[:stop, start:stop] = space_DM[:, :stop].T @ next_DK
         ritz_MM[start:stop, :stop] = ritz_MM[:stop, start:stop].T.clone()
-        if stop < 3 * rank:
+        if stop < 3 * rank or (start // block) % LOOKS == 0:
             continue
-        values_M, vectors_MM = torch.linalg.eigh(ritz_MM[:stop, :stop])
+        values_M = torch.linalg.eigvalsh(ritz_MM[:stop, :stop])
         now = float(captured(values_M.flip(0)[:rank]))
         if before is not None and abs(now - before) <= TOLERANCE * abs(now):
+            vectors_MM = torch.linalg.eigh(ritz_MM[:stop, :stop]).eigenvectors
             ritz_DM: Tensor = space_DM[:, :stop] @ vectors_MM.flip(1)[:, : 2 * rank]
             return ritz_DM
         before = now
