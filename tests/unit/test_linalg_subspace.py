@@ -8,6 +8,7 @@ import torch
 
 from forgetless.linalg.lowrank import concatenated_delta, project_and_balance, row_space
 from forgetless.linalg.subspace import contrast_basis, leakage, null_basis
+from forgetless.linalg.thin_qr import thin_qr
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -123,3 +124,14 @@ def test_leakage_is_one_for_isotropic_energy_and_zero_in_the_null_space() -> Non
     moment = torch.diag(torch.tensor([0.0, 0.0, 1.0, 2.0, 3.0, 4.0], dtype=torch.float64))
     assert leakage(basis, moment) == 0.0
     assert leakage(torch.zeros(6, 0), torch.eye(6)) == 0.0
+
+
+@pytest.mark.parametrize("weakest", [1.0, 1e-3, 1e-9, 0.0])
+def test_thin_qr_whatever_the_condition(weakest: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tall = torch.randn(60, 12, generator=generator, dtype=torch.float64)
+    tall[:, -1] = tall[:, 0] + weakest * tall[:, -1]
+    q, r = thin_qr(tall)
+    assert (q.T @ q - torch.eye(12)).abs().max() < 1e-7
+    assert (q @ r - tall).abs().max() < 1e-12 * 60
+    assert torch.equal(r, r.triu())

@@ -10,6 +10,7 @@ from torch import Tensor
 from forgetless.linalg.krylov import is_small, krylov_basis
 from forgetless.linalg.precision import full_precision, solving_dtype
 from forgetless.linalg.subspace import check_rank
+from forgetless.linalg.thin_qr import thin_qr
 
 
 def generalised_basis(
@@ -67,7 +68,7 @@ def largest_beta(weight_OD: Tensor, plus_DD: Tensor, minus_DD: Tensor, rank: int
     wide = solving_dtype(weight_OD)
     with full_precision():
         weight = weight_OD.to(wide)
-        core_KD = weight if num_out <= num_in else torch.linalg.qr(weight).R
+        core_KD = weight if num_out <= num_in else thin_qr(weight)[1]
         plus_KK, minus_KK = (_congruent(core_KD, s.to(wide)) for s in (plus_DD, minus_DD))
         tolerance = torch.finfo(plus_DD.dtype).eps
         ridge = tolerance * float(plus_KK.diagonal().sum() + minus_KK.diagonal().sum())

@@ -35,6 +35,8 @@ def krylov_basis(
     like_DD: Tensor,
     rank: int,
     captured: Callable[[Tensor], Tensor] = torch.sum,
+    *,
+    small: float = 0.0,
 ) -> Tensor | None:
     """Orthonormal Ritz vectors (D, 2R), by descending Ritz value: nearly the R leading ones.
 
@@ -46,6 +48,7 @@ def krylov_basis(
         rank: R.
         captured: Of the R leading Ritz values, descending: the figure whose relative change stops
             the growth, such as their sum.
+        small: A figure below this is as good as this.
 
     Returns:
         None where the figure goes on changing: solve for the whole spectrum then.
@@ -64,7 +67,7 @@ def krylov_basis(
             continue
         values_M = torch.linalg.eigvalsh(ritz_MM[:stop, :stop])
         now = float(captured(values_M.flip(0)[:rank]))
-        if before is not None and abs(now - before) <= TOLERANCE * abs(now):
+        if before is not None and abs(now - before) <= TOLERANCE * max(abs(now), small):
             vectors_MM = torch.linalg.eigh(ritz_MM[:stop, :stop]).eigenvectors
             ritz_DM: Tensor = space_DM[:, :stop] @ vectors_MM.flip(1)[:, : 2 * rank]
             return ritz_DM

@@ -13,11 +13,15 @@ from torch import Tensor
 
 from forgetless.linalg.krylov import is_small, krylov_basis
 from forgetless.linalg.precision import full_precision, solving_dtype
+from forgetless.linalg.thin_qr import thin_qr
 
 _ROWS = 1024  # of a moment that are widened at a time
 # Up to this width the whole spectrum of a contrast takes no longer than a part of it: where more
 # directions are wanted than earn a reward, the last ones lie in a cluster near 0.
 _WHOLE_SPECTRUM = 1024
+# A sum of rewards that is as good as none, in units of what the contrast was made from: where fewer
+# directions earn one than are asked for, all that is left to find are the last of these.
+_SMALL_REWARD = 1e-2
 
 # Energy of a direction, over the rounding of a factor, from which on the factor tells it apart.
 _CLEAR = 100
@@ -214,7 +218,9 @@ def contrast_basis(
         weight_OD: W; append the bias as a column (`augment_bias`) where the layer has one.
         contrast_DD: S, symmetric.
         rank: R, 1 <= R <= O.
-        scale: Size of what S was made from: the sum of the traces of W S₊ Wᵀ and W S₋ Wᵀ.
+        scale: Size of what S was made from: the sum of the traces of W S₊ Wᵀ and W S₋ Wᵀ. Where
+            min(D, O) is above 1024 and R small, the reward is found to 1 % of itself or to 0.01 %
+            of this.
 
     Raises:
         ValueError: rank outside 1..O.
@@ -243,9 +249,9 @@ def _solve_contrast(
         small_KK = weight_OD @ contrast_DD @ weight_OD.T
         q_OK = None
     else:
-        q_OK, r_KD = torch.linalg.qr(weight_OD)
+        q_OK, r_KD = thin_qr(weight_OD)
         small_KK = r_KD @ contrast_DD @ r_KD.T
-    values_K, vectors_KK = _leading((small_KK + small_KK.T) / 2, rank)
+    values_K, vectors_KK = _leading((small_KK + small_KK.T) / 2, rank, _SMALL_REWARD * scale)
     solve_eps = small_KK.shape[0] * torch.finfo(values_K.dtype).eps
     tolerance = max(float(values_K.abs().max()), scale) * (input_eps + solve_eps)
     if q_OK is None:
@@ -266,11 +272,14 @@ def _solve_contrast(
     return basis_OR, values_R, tolerance
 
 
-def _leading(matrix_KK: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Largest eigenvalues, descending, and vectors: R of them at least, or all."""
+def _leading(matrix_KK: Tensor, rank: int, small: float) -> tuple[Tensor, Tensor]:
+    """Largest eigenvalues, descending, and vectors: R of them at least, or all.
+
+    Of a matrix wider than 1024 to a hundredth of their sum, or of `small` where that is more.
+    """
     width = matrix_KK.shape[0]
     if width > _WHOLE_SPECTRUM and is_small(rank, width):
-        near_KM = krylov_basis(lambda x_KN: matrix_KK @ x_KN, matrix_KK, rank)
+        near_KM = krylov_basis(lambda x_KN: matrix_KK @ x_KN, matrix_KK, rank, small=small)
         if near_KM is not None:
             inner_MM = near_KM.T @ matrix_KK @ near_KM
             values_M, vectors_MM = torch.linalg.eigh((inner_MM + inner_MM.T) / 2)
