@@ -4,8 +4,8 @@
 
 A model of that shape with random weights in bfloat16, built on the GPU: nothing is downloaded. The
 RMSNorm weights fall by a power law, so that the spectra of the moments do, as in a trained model.
-256 x 2048 tokens for each role, drawn by Zipf's law with a ranking of its own; rank 128. Says so and
-ends where there is no GPU; `--tiny` runs the same steps at a small size anywhere.
+256 x 2048 tokens for each role, drawn by Zipf's law with a ranking of its own; rank 128. Says so
+and ends where there is no GPU; `--tiny` runs the same steps at a small size anywhere.
 
 A floor is what the arithmetic of a step takes at the rate of one large matrix product of its dtype,
 measured here: forward 2 · parameters · tokens, moments D² · tokens a site (xᵀ x is symmetric), a

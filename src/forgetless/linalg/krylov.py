@@ -51,7 +51,8 @@ def krylov_basis(
         small: A figure below this is as good as this.
 
     Returns:
-        None where the figure goes on changing: solve for the whole spectrum then.
+        None where the figure goes on changing, or the device's routine fails over a projected
+        problem: solve for the whole spectrum then.
     """
     D, block = like_DD.shape[0], max(rank, 8)
     limit = min(max(LARGEST * rank, LARGEST_OF_FEW), D) // block * block
@@ -65,14 +66,24 @@ def krylov_basis(
         ritz_MM[start:stop, :stop] = ritz_MM[:stop, start:stop].T.clone()
         if stop < 3 * rank or (start // block) % LOOKS == 0:
             continue
-        values_M = torch.linalg.eigvalsh(ritz_MM[:stop, :stop])
-        now = float(captured(values_M.flip(0)[:rank]))
-        if before is not None and abs(now - before) <= TOLERANCE * max(abs(now), small):
-            vectors_MM = torch.linalg.eigh(ritz_MM[:stop, :stop]).eigenvectors
-            ritz_DM: Tensor = space_DM[:, :stop] @ vectors_MM.flip(1)[:, : 2 * rank]
-            return ritz_DM
-        before = now
+        inner_MM = _for_eigenvalues(ritz_MM[:stop, :stop])
+        try:
+            now = float(captured(torch.linalg.eigvalsh(inner_MM).flip(0)[:rank]))
+            if before is None or abs(now - before) > TOLERANCE * max(abs(now), small):
+                before = now
+                continue
+            vectors_MM = torch.linalg.eigh(inner_MM).eigenvectors
+        except torch.linalg.LinAlgError:
+            return None
+        leading_MR = vectors_MM.flip(1)[:, : 2 * rank].to(space_DM)
+        ritz_DM: Tensor = space_DM[:, :stop] @ leading_MR
+        return ritz_DM
     return None
+
+
+def _for_eigenvalues(matrix_MM: Tensor) -> Tensor:
+    """In float64 on CUDA, where the routine for float32 is no faster and may not converge."""
+    return matrix_MM.double() if matrix_MM.is_cuda else matrix_MM
 
 
 def _orthonormal(block_DK: Tensor, space_DM: Tensor) -> Tensor:
