@@ -12,9 +12,10 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -102,9 +103,15 @@ class Bench:
             "title": self._title,
             "date": datetime.now(UTC).date().isoformat(),
             "hardware": describe_hardware(),
-            "versions": {name: version(name) for name in PACKAGES},
+            "versions": dict(_versions()),
             "rows": self._rows,
         }
         STORE.mkdir(parents=True, exist_ok=True)
         self._path.write_text(json.dumps(stored, indent=1) + "\n")
         print(f"  stored: {self._path.name}")
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):  # a machine lent for a benchmark may lack some
+            yield name, version(name)

@@ -73,7 +73,7 @@ def krylov_basis(
                 before = now
                 continue
             vectors_MM = torch.linalg.eigh(inner_MM).eigenvectors
-        except torch.linalg.LinAlgError:
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # not in its stubs
             return None
         leading_MR = vectors_MM.flip(1)[:, : 2 * rank].to(space_DM)
         ritz_DM: Tensor = space_DM[:, :stop] @ leading_MR
