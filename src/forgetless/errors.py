@@ -43,5 +43,9 @@ class TrainingError(ForgetlessError):
     """A training run that cannot start, or that trains nothing."""
 
 
+class ElsewhereError(ForgetlessError):
+    """Another process of the run has failed, and says why; this one has nothing to add."""
+
+
 class ForgetlessWarning(UserWarning):
     """Something works but has a consequence that the user should know: names the layer or file."""

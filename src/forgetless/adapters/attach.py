@@ -41,6 +41,7 @@ from forgetless.models.targets import (
     module_suffixes,
 )
 from forgetless.models.untouched import refuse_touched_base
+from forgetless.processes import ALONE, Processes, connected
 
 _LATER_OPTIONS = (("rslora", False),)
 SHOWN_SKIPS = 3  # of each reason
@@ -91,6 +92,11 @@ def attach(
     seed: int = 0,
 ) -> PeftModel:
     """Calibrate, initialise and attach an adapter; hand the result to any trainer.
+
+    Where torch.distributed connects several processes (torchrun, `accelerate launch`), each of them
+    calls this with the same arguments, on a model that is whole: they divide the rows of the
+    calibration and the solves, and every one gets the same adapter. Sharding (FSDP, ZeRO) comes
+    afterwards.
 
     Args:
         model: A transformers causal language model or encoder-decoder, or a PeftModel that gets
@@ -161,6 +167,7 @@ def attach(
         cache=folder,
         adapter=adapter,
         seed=seed,
+        processes=connected(),
     ).model
 
 
@@ -182,6 +189,7 @@ def attach_rows(
     adapter: str = "default",
     seed: int = 0,
     progress: Callable[[Role, int, int], None] | None = None,
+    processes: Processes = ALONE,
 ) -> Attached:
     """`attach` on rows that are loaded already; tells what it found.
 
@@ -189,7 +197,8 @@ def attach_rows(
     there are no train row sets to take it on, `also` names roles to collect moments
     of beside those that the method needs. An adapter of the name given that the
     model holds already is started anew in place, where it is an ordinary LoRA without an update.
-    `progress` is called with the role, the rows done, and all rows.
+    `progress` is called with the role, the rows done, and all rows. Several `processes` divide
+    the rows and the solves.
     """
     refuse_touched_base(model)
     keep_trainable_layout(model)
@@ -218,6 +227,7 @@ def attach_rows(
         cache=cache,
         seed=seed,
         progress=progress,
+        processes=processes,
     )
     with ExitStack() as undo:
         if isinstance(model, PeftModel) and adapter in model.peft_config:

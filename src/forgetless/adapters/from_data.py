@@ -19,6 +19,7 @@ from forgetless.errors import MethodError
 from forgetless.linalg.moments import SecondMoment
 from forgetless.methods.base import AdapterInit, Method, Role
 from forgetless.models.targets import Target
+from forgetless.processes import Processes
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,7 @@ def start_from_data(
     cache: Path | None,
     seed: int,
     progress: Callable[[Role, int, int], None] | None,
+    processes: Processes,
 ) -> FromData:
     """Collect what the method needs, and solve; for the arguments see `attach_rows`."""
     known = {role: found for role, found in collected.items() if role in method.needs}
@@ -102,7 +104,9 @@ def start_from_data(
     found = FromData()
     if roles:
         copies = len(roles) + any(len(row_sets[role]) > 1 for role in roles)
-        plan = plan_calibration(model, targets, copies=copies, budget=memory_budget)
+        plan = plan_calibration(
+            model, targets, copies=copies, budget=memory_budget, processes=processes
+        )
         groups, found.moment_bytes = plan.groups, plan.moment_bytes
         found.passes = len(groups)
         for role in roles:
@@ -116,6 +120,7 @@ def start_from_data(
                 order=plan.order,
                 passes=len(groups),
                 progress=_for_role(progress, role),
+                processes=processes,
             )
     seeds = seeds_of(targets, seed)
     kept: dict[Role, list[SiteMoments]] = {role: [] for role in roles}
@@ -127,8 +132,11 @@ def start_from_data(
         of_group = gradients
         if method.rows_for_gradient and gradients is None:
             train = row_sets.get("train", ())
-            of_group = first_gradient(model, tokenizer, method, group, train, batch_size)
-        found.solved |= solve_layers(model, method, group, moments, of_group or {}, seeds, cache)
+            with processes.together():
+                of_group = first_gradient(model, tokenizer, method, group, train, batch_size)
+        found.solved |= solve_layers(
+            model, method, group, moments, of_group or {}, seeds, cache, processes
+        )
         for role, part in moments.items():
             found.site_of |= part.site_of
             if role in calibrations:

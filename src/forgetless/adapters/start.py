@@ -29,6 +29,7 @@ from forgetless.methods.base import (
     SiteStatistics,
 )
 from forgetless.models.targets import Target
+from forgetless.processes import ALONE, Processes
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +49,9 @@ def solve_layers(
     gradients: Mapping[str, Tensor],
     seeds: Mapping[str, int],
     cache: Path | None = None,
+    processes: Processes = ALONE,
 ) -> dict[str, AdapterInit]:
-    """A0 and B0 of every target.
+    """A0 and B0 of every target, in each of the processes that divide the sites among them.
 
     With a `cache` what was solved from the same base, data and options before is taken from there;
     what a method only draws is not kept.
@@ -62,16 +64,17 @@ def solve_layers(
         gradients: By layer, for the methods that ask.
         seeds: By layer.
         cache: Folder to keep starts in.
+        processes: That solve together, from the same moments.
 
     Raises:
         AdapterError: A layer's weights are not finite.
         MethodError: Data that the method needs are missing.
     """
-    solved = partial(_solved, method, targets, moments, gradients, seeds)
+    solve = partial(_solve, method, targets, moments, gradients, seeds, processes)
     if cache is None or method.draws:
-        return dict(solved())
+        return solve()
     stored = StoredStarts(cache, model, method, targets, moments, gradients)
-    return stored.kept(lambda: dict(solved()))
+    return stored.kept(solve, processes)
 
 
 def seeds_of(targets: Iterable[str], seed: int) -> dict[str, int]:
@@ -119,18 +122,66 @@ def _warn_of_chance(starts: Mapping[str, LayerStart]) -> None:
         )
 
 
+def _solve(
+    method: Method,
+    targets: Mapping[str, Target],
+    moments: Mapping[Role, SiteMoments],
+    gradients: Mapping[str, Tensor],
+    seeds: Mapping[str, int],
+    processes: Processes,
+) -> dict[str, AdapterInit]:
+    """Each process solves at some sites, of about the same cost in all, and hears of the rest."""
+    by_site: dict[str, list[str]] = {}
+    for name in targets:
+        site = next((found.site_of[name] for found in moments.values()), name)
+        by_site.setdefault(site, []).append(name)
+    mine = processes.shares({site: _cost(targets, names) for site, names in by_site.items()})
+    own = {site: by_site[site] for site in mine[processes.rank]}
+    with processes.together():
+        solved = dict(_solved(method, targets, moments, gradients, seeds, own))
+    if processes.count > 1:
+        solved = _of_all(solved, targets, processes)
+    return solved
+
+
+def _cost(targets: Mapping[str, Target], names: Sequence[str]) -> float:
+    """About what a site takes: its moment is factored, and multiplied with each layer's weight."""
+    width = targets[names[0]].in_features
+    return float(width**2 * (width + sum(targets[name].out_features for name in names)))
+
+
+def _of_all(
+    own: Mapping[str, AdapterInit], targets: Mapping[str, Target], processes: Processes
+) -> dict[str, AdapterInit]:
+    """What all processes have solved, in the order of the targets."""
+    facts = {
+        name: (init.a_RD.shape, init.b_OR.shape, init.a_RD.dtype, init.b_OR.dtype, init.diagnostics)
+        for name, init in own.items()
+    }
+    found: dict[str, AdapterInit] = {}
+    for rank, solved in enumerate(processes.each(facts)):
+        for name, (a_shape, b_shape, a_dtype, b_dtype, diagnostics) in solved.items():
+            if rank == processes.rank:
+                a_RD, b_OR = own[name].a_RD.contiguous(), own[name].b_OR.contiguous()
+            else:
+                device = _where_it_can_be_solved(targets[name].weight_OD().device)
+                a_RD = torch.empty(a_shape, dtype=a_dtype, device=device)
+                b_OR = torch.empty(b_shape, dtype=b_dtype, device=device)
+            processes.send_(a_RD, rank)
+            processes.send_(b_OR, rank)
+            found[name] = AdapterInit(a_RD, b_OR, diagnostics)
+    return {name: found[name] for name in targets}
+
+
 def _solved(
     method: Method,
     targets: Mapping[str, Target],
     moments: Mapping[Role, SiteMoments],
     gradients: Mapping[str, Tensor],
     seeds: Mapping[str, int],
+    by_site: Mapping[str, Sequence[str]],
 ) -> Iterator[tuple[str, AdapterInit]]:
     """Site by site, so that what its layers share is solved once and no two need to be held."""
-    by_site: dict[str, list[str]] = {}
-    for name in targets:
-        site = next((found.site_of[name] for found in moments.values()), name)
-        by_site.setdefault(site, []).append(name)
     for site, names in by_site.items():
         device = _where_it_can_be_solved(targets[names[0]].weight_OD().device)
         here = {role: found.of(names[0]).to(device) for role, found in moments.items()}

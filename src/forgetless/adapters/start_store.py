@@ -25,10 +25,11 @@ import forgetless.methods
 from forgetless.calibration.engine import SiteMoments
 from forgetless.errors import ForgetlessWarning
 from forgetless.methods.base import AdapterInit, Method, Role
-from forgetless.models.cache import made_by_one
+from forgetless.models.cache import kept
 from forgetless.models.fingerprint import model_fingerprint
 from forgetless.models.placement import input_device
 from forgetless.models.targets import Target, base_of
+from forgetless.processes import Processes
 
 _FORMAT = "forgetless-starts-1"
 
@@ -65,18 +66,11 @@ class StoredStarts:
             state.update(_bytes(gradients[name]))
         self.path = folder / f"starts-{state.hexdigest()[:16]}.safetensors"
 
-    def kept(self, solve: Callable[[], dict[str, AdapterInit]]) -> dict[str, AdapterInit]:
-        """Starts by layer: from the file, or solved and kept. Of several processes one solves."""
-        there = self.path.exists()
-        found = self._take()
-        if found is None:
-            with made_by_one(self.path):
-                if not there:
-                    found = self._take()
-                if found is None:
-                    found = solve()
-                    self._put(found)
-        return found
+    def kept(
+        self, solve: Callable[[], dict[str, AdapterInit]], processes: Processes
+    ) -> dict[str, AdapterInit]:
+        """Starts by layer: from the file, or solved and kept."""
+        return kept(self.path, take=self._take, make=solve, put=self._put, processes=processes)
 
     def _take(self) -> dict[str, AdapterInit] | None:
         if not self.path.exists():

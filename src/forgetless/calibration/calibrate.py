@@ -27,9 +27,10 @@ from forgetless.data.spec import SourceWeights
 from forgetless.data.tokens import Batch, TokenRow, make_batches, pad_token_id, tokenize
 from forgetless.errors import ArtefactError, CalibrationError, ForgetlessWarning
 from forgetless.linalg.moments import SecondMoment
-from forgetless.models.cache import made_by_one
+from forgetless.models.cache import kept
 from forgetless.models.fingerprint import model_fingerprint
 from forgetless.models.targets import Target, base_of
+from forgetless.processes import ALONE, Processes
 
 
 def calibrate(
@@ -42,11 +43,13 @@ def calibrate(
     source_weights: SourceWeights = "tokens",
     cache: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    processes: Processes = ALONE,
 ) -> SiteMoments:
     """Second moments of the base over all row sets, of all targets at once; cached for each.
 
     `source_weights` says whether every token has the same weight, or every row set. An
-    encoder-decoder reads prompts with its encoder and completions with its decoder.
+    encoder-decoder reads prompts with its encoder and completions with its decoder. Several
+    processes, each of which calls this with the same rows, divide them.
     """
     calibration = RoleCalibration(
         model,
@@ -56,6 +59,7 @@ def calibrate(
         source_weights=source_weights,
         cache=cache,
         progress=progress,
+        processes=processes,
     )
     return calibration.collect(targets)
 
@@ -75,6 +79,7 @@ class RoleCalibration:
         order: CallOrder | None = None,
         passes: int = 1,
         progress: Callable[[int, int], None] | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         """Tokenise; nothing is collected yet.
 
@@ -88,6 +93,7 @@ class RoleCalibration:
             order: Of the calls of all layers, where it is known.
             passes: How many groups there will be, for `progress`.
             progress: Called with the rows done, and all rows.
+            processes: That divide the rows among them.
         """
         self._model, self._batch_size, self._order = model, batch_size, order
         self._pairs = base_of(model).config.is_encoder_decoder
@@ -95,7 +101,8 @@ class RoleCalibration:
         read = tokenize_pairs if self._pairs else tokenize
         self._sources = [(rows, read(rows, tokenizer)) for rows in row_sets]
         self._weights = weights_that_count(row_sets, source_weights)
-        self._shelf = _Shelf(cache, model) if cache is not None else None
+        self._shelf = _Shelf(cache, model, processes) if cache is not None else None
+        self._processes = processes
         self._progress = progress
         self._done, self._total = 0, passes * sum(len(rows.rows) for rows in row_sets)
 
@@ -103,6 +110,7 @@ class RoleCalibration:
         """Moments at the inputs of some layers, over all sources."""
         sources = WeighedSources(self._weights)
         for rows, tokens in self._sources:
+            end = self._done + len(tokens)
             collect = partial(
                 collect_moments,
                 self._model,
@@ -110,15 +118,15 @@ class RoleCalibration:
                 self._batches(tokens, rows),
                 source=rows.spec.label,
                 order=self._order,
-                progress=self._advance,
+                progress=partial(self._advance, end),
+                processes=self._processes,
             )
-            before = self._done
             if self._shelf is None:
                 part = collect()
             else:
                 part = self._shelf.kept(tokens, rows, list(targets), collect)
-            if self._done == before:  # kept ones were taken
-                self._advance(len(tokens))
+            if self._done < end:  # kept ones were taken, or other processes had more
+                self._advance(end, end - self._done)
             sources.add(part)
         return sources.total()
 
@@ -145,8 +153,9 @@ class RoleCalibration:
             return make_pair_batches(tokens, batch_size=size, pad_token_id=padding)
         return make_batches(tokens, batch_size=size, pad_token_id=padding, tokens=rows.spec.tokens)
 
-    def _advance(self, rows: int) -> None:
-        self._done += rows
+    def _advance(self, end: int, rows: int) -> None:
+        """Tell of rows of a source; the other processes have done about as many."""
+        self._done = min(self._done + rows * self._processes.count, end)
         if self._progress is not None:
             self._progress(self._done, self._total)
 
@@ -174,8 +183,8 @@ class StoredMoments(Mapping[str, SecondMoment]):
 class _Shelf:
     """A cache folder, for one model; what goes wrong with it costs time only."""
 
-    def __init__(self, folder: Path, model: nn.Module) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, model: nn.Module, processes: Processes) -> None:
+        self._folder, self._processes = folder, processes
         self._model = model_fingerprint(model)
         self._dtype = str(base_of(model).dtype)
 
@@ -201,21 +210,15 @@ class _Shelf:
         targets: Sequence[str],
         collect: Callable[[], SiteMoments],
     ) -> SiteMoments:
-        """Moments of these tokens: from the folder, or collected and kept for the next time.
-
-        Of several processes one collects, the others wait and read.
-        """
+        """Moments of these tokens: from the folder, or collected and kept for the next time."""
         path, key = self.path(tokens, rows, targets), self._key(tokens, rows, targets)
-        there = path.exists()
-        found = _take(path, key)
-        if found is None:
-            with made_by_one(path):
-                if not there:
-                    found = _take(path, key)
-                if found is None:
-                    found = collect()
-                    _put(found, path, key)
-        return found
+        return kept(
+            path,
+            take=lambda: _take(path, key),
+            make=collect,
+            put=lambda found: _put(found, path, key),
+            processes=self._processes,
+        )
 
 
 def _take(path: Path, key: Mapping[str, str]) -> SiteMoments | None:

@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from forgetless.calibration.distributed import add_up_
 from forgetless.calibration.hooks import NothingMoreToSeeError, base_forward, observe_sites
 from forgetless.calibration.memory import refuse_beyond_memory
 from forgetless.calibration.order import CallOrder, find_call_order
@@ -26,6 +28,7 @@ from forgetless.errors import CalibrationError
 from forgetless.linalg.moments import SecondMoment
 from forgetless.models.placement import input_device
 from forgetless.models.targets import Target, base_of, module_suffixes
+from forgetless.processes import ALONE, Processes
 
 SHOWN_NAMES = 8
 AT_ONCE = 4096  # kept tokens that are copied at a time
@@ -62,10 +65,12 @@ def collect_moments(
     source: str = "the data",
     order: CallOrder | None = None,
     progress: Callable[[int], None] | None = None,
+    processes: Processes = ALONE,
 ) -> SiteMoments:
     """Sum x xᵀ, x, tokens and rows over the kept tokens of `batches`, once per site.
 
-    The result does not depend on batching or on the side of the padding, up to rounding.
+    The result does not depend on batching, on the side of the padding or on the number of
+    processes, up to rounding.
 
     Args:
         model: The base, or a PeftModel, whose adapters are switched off meanwhile.
@@ -76,6 +81,8 @@ def collect_moments(
         source: What the rows are called in messages.
         order: In which order these layers, among others, are called; found out where not given.
         progress: Called with the number of rows after each batch.
+        processes: That divide the batches among them: each is given all of them and takes its own;
+            every one ends with the sums over all.
 
     Raises:
         CalibrationError: NaN or inf in an input (layer and row are named) or in the sum of its
@@ -84,13 +91,16 @@ def collect_moments(
     """
     collector = _Collector(source)
     device = input_device(base_of(model))
-    with base_forward(model) as decoder:
+    with processes.together(), base_forward(model) as decoder:
         if order is None:
             order = find_call_order(model, decoder, targets)
         refuse_beyond_memory(model, targets, order)
         calls = order.of(targets)
         with observe_sites(model, targets, collector.observe, calls) as sites:
-            for batch in batches:
+            mine: Iterator[Batch | PairBatch] = islice(
+                batches, processes.rank, None, processes.count
+            )
+            for batch in mine:
                 run = partial(_run, base_of(model), decoder, batch, collector, device)
                 run()
                 sites.forget_tensors()
@@ -100,13 +110,16 @@ def collect_moments(
                     sites.forget_tensors()
                 if progress is not None:
                     progress(len(batch.index))
-    if not collector.moments or all(m.num_tokens == 0 for m in collector.moments.values()):
+    found = SiteMoments(collector.moments, dict(sites.site_of))
+    if processes.count > 1:
+        add_up_(collector.moments, found.site_of, targets, processes)
+    if not found.moments or all(m.num_tokens == 0 for m in found.moments.values()):
         raise CalibrationError(
             "calibration: expected at least one kept token, got none; is the data empty?"
         )
-    _refuse_idle(model, targets, sites.site_of)
-    _refuse_overflow(collector.moments, source)
-    return SiteMoments(collector.moments, dict(sites.site_of))
+    _refuse_idle(model, targets, found.site_of)
+    _refuse_overflow(found.moments, source)
+    return found
 
 
 def _refuse_idle(

@@ -16,6 +16,7 @@ from forgetless.errors import CalibrationError
 from forgetless.models.hardware import GIB, free_memory
 from forgetless.models.placement import input_device
 from forgetless.models.targets import Target, base_of
+from forgetless.processes import ALONE, Processes
 
 SOLVE_MATRICES = 4  # of float64, as wide as the widest site, that a solve needs beside the moments
 
@@ -41,6 +42,7 @@ def plan_calibration(
     *,
     copies: int = 1,
     budget: int | None = None,
+    processes: Processes = ALONE,
 ) -> CalibrationPlan:
     """Divide layers into as few groups as fit.
 
@@ -51,13 +53,15 @@ def plan_calibration(
             where sources are summed up.
         budget: Bytes that moments may take at a time; by default what is free where the model lies,
             less what a solve takes.
+        processes: That collect together, and so in the same groups: the one with least room
+            decides. Those on one machine divide its main memory.
 
     Raises:
         CalibrationError: One site alone takes more.
     """
     base = base_of(model)
     device = input_device(base)
-    with base_forward(model) as decoder:
+    with processes.together(), base_forward(model) as decoder:
         order = find_call_order(model, decoder, targets)
     sites: dict[str, list[str]] = {order.site_of[name]: [] for name in order.of(targets)}
     idle = [name for name in targets if name not in order.site_of]
@@ -66,7 +70,7 @@ def plan_calibration(
             sites[order.site_of[name]].append(name)
     sizes = {site: copies * moment_bytes(targets, [site], base.dtype) for site in sites}
     if budget is None:
-        budget = _free(device, targets)
+        budget = min(processes.each(_free(device, targets, processes)))
         _check_site(targets, sizes, budget, f"free on {device.type}", "name fewer layers")
     else:
         _check_site(targets, sizes, budget, "in memory_budget", "raise it, or name fewer layers")
@@ -84,9 +88,10 @@ def plan_calibration(
     return CalibrationPlan(order, named, largest)
 
 
-def _free(device: torch.device, targets: Mapping[str, Target]) -> int:
+def _free(device: torch.device, targets: Mapping[str, Target], processes: Processes) -> int:
     widest = max(target.in_features for target in targets.values())
-    return free_memory(device) - SOLVE_MATRICES * 8 * widest**2
+    sharing = 1 if device.type == "cuda" else processes.on_this_machine
+    return free_memory(device) // sharing - SOLVE_MATRICES * 8 * widest**2
 
 
 def _check_site(

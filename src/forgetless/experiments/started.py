@@ -18,6 +18,7 @@ from forgetless.methods.base import AnyMethod, Method, Role
 from forgetless.models.load import LoadedModel
 from forgetless.models.pair import TunedModel
 from forgetless.models.targets import find_targets
+from forgetless.processes import ALONE, Processes
 from forgetless.recipe import Recipe
 from forgetless.training.full import copied
 
@@ -57,6 +58,7 @@ def start_run(
     *,
     cache: Path,
     progress: Callable[[Role, int, int], None],
+    processes: Processes = ALONE,
 ) -> Started:
     """Calibrate for method and regularisers, and make what trains.
 
@@ -65,7 +67,7 @@ def start_run(
     """
     kept = cache if recipe.calibration.cache else None
     if not isinstance(method, Method):
-        return _full(recipe, method, loaded, data, kept, progress)
+        return _full(recipe, method, loaded, data, kept, progress, processes)
     attached = attach_rows(
         loaded.model,
         loaded.tokenizer,
@@ -80,6 +82,7 @@ def start_run(
         cache=kept,
         seed=recipe.seed,
         progress=progress,
+        processes=processes,
     )
     return Started(
         model=attached.model,
@@ -101,6 +104,7 @@ def _full(
     data: Prepared,
     cache: Path | None,
     progress: Callable[[Role, int, int], None],
+    processes: Processes,
 ) -> Started:
     moments: dict[Role, SiteMoments] = {}
     size = 0
@@ -114,6 +118,7 @@ def _full(
             source_weights=recipe.calibration.source_weights,
             cache=cache,
             progress=lambda done, total: progress("preserve", done, total),
+            processes=processes,
         )
         size = sum(m.width * (m.width + 1) * 4 for m in found.moments.values())
     # What `drift` pulls to follows from the moments, and so from how their sources count.

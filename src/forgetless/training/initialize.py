@@ -31,6 +31,7 @@ from forgetless.methods import MethodInput, make_method
 from forgetless.methods.base import Method, Role
 from forgetless.models.state import random_state_kept
 from forgetless.models.targets import find_targets
+from forgetless.processes import connected
 from forgetless.training.identity import active_adapter
 from forgetless.training.trainer_rows import TrainedRow, calibration_batches, trained_rows
 
@@ -138,6 +139,7 @@ def initialize(
             cache=folder,
             adapter=adapter,
             seed=seed,
+            processes=connected(),
         ).model
     # TRL casts the trainable tensors of quantised models, and only those.
     align_adapter_dtype(model, adapter)
@@ -248,7 +250,9 @@ def _load(
             )
 
         if "train" in method.needs:
-            collected["train"] = collect_moments(trainer.model, chosen, batches(rows, tokens))
+            collected["train"] = collect_moments(
+                trainer.model, chosen, batches(rows, tokens), processes=connected()
+            )
         if method.rows_for_gradient:
             first = rows[: method.rows_for_gradient]
             gradients = collect_gradients(trainer.model, chosen, batches(first, "completion"))

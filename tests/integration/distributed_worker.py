@@ -1,0 +1,140 @@
+"""What each of two processes does in the tests of scale-out; started by torchrun.
+
+Takes a folder with a model and writes into another: `rank0.safetensors`, `rank1.safetensors` and
+what was said of errors. With one process, without a launcher, it gives the reference.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import forgetless
+from forgetless.adapters.forms import adapted_layers, factors
+from forgetless.calibration.calibrate import calibrate
+from forgetless.calibration.engine import SiteMoments
+from forgetless.data.loading import load_rows
+from forgetless.data.spec import parse_data
+from forgetless.errors import ForgetlessError
+from forgetless.models.targets import find_targets
+from forgetless.processes import connect
+
+CITIES = ("Ulm", "Bonn", "Kiel", "Jena", "Gera", "Celle", "Hof", "Trier", "Worms", "Aalen", "Bern")
+KEEP = [
+    f"Fact {n}: the city of {word} has {n * 37} bridges." for n, word in enumerate(CITIES)
+]  # 11 rows: 6 batches of 2, the last one short
+LEARN = [
+    {"prompt": f"How many are {n} and {n + 3}?\n", "completion": f"They are {2 * n + 3}."}
+    for n in range(9)
+]
+METHODS = ("lora", "lora-null", "sc-lora", "contrastive", "corda", "lora-ga")
+
+
+class Work:
+    def __init__(self, model: Path, out: Path) -> None:
+        self.path, self.out = model, out
+        self.processes = connect()
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.tensors: dict[str, Tensor] = {}
+        self.said: dict[str, str] = {}
+
+    def model(self) -> torch.nn.Module:
+        return AutoModelForCausalLM.from_pretrained(self.path).eval()
+
+    def keep(self, name: str, found: SiteMoments) -> None:
+        for site, moment in found.moments.items():
+            self.tensors[f"{name}/{site}"] = moment.mean_DD()
+            self.tensors[f"{name}/{site}/mean"] = moment.mean_D()
+            counts = [moment.num_tokens, moment.num_samples]
+            self.tensors[f"{name}/{site}/counts"] = torch.tensor(counts)
+
+    def moments(self) -> None:
+        for name, rows, size in (("eleven", KEEP, 2), ("one batch", KEEP, 16)):
+            model = self.model()
+            sets = [load_rows(spec, self.tokenizer) for spec in parse_data(rows)]
+            targets = find_targets(model).targets
+            seen: list[tuple[int, int]] = []
+            found = calibrate(
+                model,
+                self.tokenizer,
+                targets,
+                sets,
+                batch_size=size,
+                processes=self.processes,
+                progress=lambda done, total, seen=seen: seen.append((done, total)),
+            )
+            self.keep(name, found)
+            self.said[f"{name}: progress"] = json.dumps(seen[-1])
+
+    def starts(self) -> None:
+        for name, method, options in [
+            *((method, method, {}) for method in METHODS),
+            ("in passes", "sc-lora", {"memory_budget": 40_000}),
+            ("kept", "sc-lora", {"cache": self.out / "cache"}),
+            ("taken", "sc-lora", {"cache": self.out / "cache"}),
+        ]:
+            given = {"name": method, "rank": 4}
+            model = forgetless.attach(
+                self.model(),
+                self.tokenizer,
+                method=given,
+                preserve_data=KEEP if method not in ("lora", "lora-ga") else None,
+                train_data={"examples": LEARN}
+                if method not in ("lora", "lora-null", "corda")
+                else None,
+                batch_size=2,
+                **options,
+            )
+            for layer, module in adapted_layers(model).items():
+                for side in ("lora_A", "lora_B"):
+                    weight = getattr(module, side)["default"].weight
+                    self.tensors[f"{name}/{layer}/{side}"] = weight.detach().clone()
+            with torch.no_grad():  # a step of the same size everywhere, for a ΔW to compare
+                for module in adapted_layers(model).values():
+                    for weight in (
+                        module.lora_A["default"].weight,
+                        module.lora_B["default"].weight,
+                    ):
+                        if weight.requires_grad:
+                            weight.add_(0.01)
+            for layer, module in adapted_layers(model).items():
+                a_RD, b_OR = factors(module)
+                self.tensors[f"{name}/{layer}/delta"] = b_OR @ a_RD
+
+    def mistakes(self) -> None:
+        """Only one process meets the row whose activations are not finite: for each row in turn."""
+        token = self.tokenizer("~", add_special_tokens=False)["input_ids"][0]
+        for bad in range(len(KEEP)):
+            model = self.model()
+            with torch.no_grad():
+                model.get_input_embeddings().weight[token] = torch.nan
+            rows = [text + "~" * (row == bad) for row, text in enumerate(KEEP)]
+            try:
+                forgetless.attach(model, self.tokenizer, preserve_data=rows, rank=4, batch_size=2)
+            except ForgetlessError as error:
+                self.said[f"mistake {bad}"] = f"{type(error).__name__}: {error}"
+
+    def finish(self) -> None:
+        rank = self.processes.rank
+        tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
+        save_file(tensors, self.out / f"rank{rank}.safetensors")
+        (self.out / f"rank{rank}.json").write_text(json.dumps(self.said))
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    work = Work(Path(sys.argv[1]), Path(sys.argv[2]))
+    for task in sys.argv[3:]:
+        getattr(work, task)()
+    work.finish()
+    work.processes.part()
+
+
+if __name__ == "__main__":
+    main()
