@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 # What they log while they are imported, and PEFT imports them where they are installed, is of
@@ -12,6 +13,8 @@ TALKATIVE = ("bitsandbytes", "torchao", "torch.utils._pytree")
 
 def main() -> None:
     """Load the command line, which takes a moment, and run it."""
+    # Among several processes torch warns each of a setting of DDP that is right here.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     for name in TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:

@@ -156,24 +156,18 @@ def connect(device: str = "auto") -> Processes:
     Args:
         device: As for `load_model`.
     """
-    if launched() > 1 and not distributed.is_initialized():
+    launched = "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+    if launched and not distributed.is_initialized():
         signal.signal(signal.SIGTERM, _leave)
         on_cpu = device == "cpu" or not torch.cuda.is_available()
         PartialState(cpu=on_cpu, timeout=PATIENCE)
     return connected()
 
 
-def launched() -> int:
-    """How many processes a launcher has started; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
-
-
 def is_first_to_say(text: str) -> bool:
     """Whether no other process of this run has said it yet, as far as that can be told."""
-    if launched() == 1:
-        return True
     if not distributed.is_initialized():
-        return os.environ.get("RANK") == "0"
+        return os.environ.get("RANK", "0") == "0"
     try:
         store = distributed.distributed_c10d._get_default_store()
         return bool(store.add(f"forgetless/said/{text}", 1) == 1)
@@ -183,8 +177,6 @@ def is_first_to_say(text: str) -> bool:
 
 def lost_another(error: RuntimeError) -> bool:
     """Whether an error says no more than that another process has ended."""
-    if launched() == 1:
-        return False
     text = str(error)
     return isinstance(error, distributed.DistError) or any(
         sign in text for sign in ("Connection closed by peer", "Connection reset", "gloo")

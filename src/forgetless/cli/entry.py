@@ -12,7 +12,8 @@ import typer
 import forgetless
 from forgetless.cli import guides, reporting, sweeping, verbs
 from forgetless.cli.output import print_text
-from forgetless.errors import ForgetlessError
+from forgetless.cli.several import of_a_lost_process, refuse_several, says
+from forgetless.errors import ElsewhereError, ForgetlessError
 
 
 def _lines(title: str, *lines: str) -> str:
@@ -54,8 +55,10 @@ app = typer.Typer(
 
 @app.callback(invoke_without_command=True)
 def _top(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
+    refuse_several(context.invoked_subcommand)
     if version:
         print_text(forgetless.__version__)
         raise typer.Exit
@@ -176,12 +179,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         line = _in_one_line(error)
         if line is None:
             raise
-        sys.stderr.write(f"forgetless: {line}\n")
+        if says(line):
+            sys.stderr.write(f"forgetless: {line}\n")
         sys.exit(2)
 
 
 def _in_one_line(error: ForgetlessError | OSError | RuntimeError) -> str | None:
     """What to tell of an error that the user can do something about; None for a fault of ours."""
+    if isinstance(error, ElsewhereError):
+        return ""
     if isinstance(error, ForgetlessError):
         return str(error)
     if isinstance(error, OSError):
@@ -193,4 +199,4 @@ def _in_one_line(error: ForgetlessError | OSError | RuntimeError) -> str | None:
             "the device is out of memory; lower training.batch_size, calibration.batch_size or "
             "max_length, or set training.gradient_checkpointing=true"
         )
-    return None
+    return of_a_lost_process(error) if isinstance(error, RuntimeError) else None

@@ -19,6 +19,7 @@ from forgetless.cli.output import (
     results_only,
     told_on_stop,
 )
+from forgetless.cli.several import is_first
 from forgetless.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def run(
     from forgetless.recipe import load_recipe
 
     made = load_recipe(recipe, overrides or ())
+    first = is_first()  # afterwards each process is on its own
     with results_only(as_json):
         path = run_recipe(
             made,
@@ -71,6 +73,8 @@ def run(
             resume=again(),
             allow_task_code=allow_task_code,
         )
+    if not first:
+        return
     record = load_record(path)
     made_in = str(record.export.get("folder", "adapter"))  # adapter, or model
     paths = {"report": path.parent / "report.html", made_in: path.parent / made_in}
@@ -97,9 +101,12 @@ def calibrate(
     from forgetless.models.hardware import GIB, peak_memory
     from forgetless.recipe import load_recipe
 
+    first = is_first()
     started = calibrate_only(
         load_recipe(recipe, overrides or ()), progress=progress_of(quiet, verbose), resume=again()
     )
+    if not first:
+        return
     for role, found in started.calibrated.items():
         print_text(
             f"{role}: {found.tokens} tokens at {found.sites} sites, the widest {found.width}"
@@ -125,9 +132,12 @@ def train(
     from forgetless.experiments.run import train_only
     from forgetless.recipe import load_recipe
 
+    first = is_first()
     facts = train_only(
         load_recipe(recipe, overrides or ()), progress=progress_of(quiet, verbose), resume=again()
     )
+    if not first:
+        return
     last = f", last loss {facts.curve[-1].loss:.3f}" if facts.curve else ""
     print_text(f"{facts.steps} steps, {facts.tokens} tokens{last}")
     if facts.validation_nll is not None:

@@ -147,8 +147,12 @@ class Clock:
         created: When the first attempt began, ISO 8601, UTC.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Go on from the file where there is one; a damaged one is only a loss of timings."""
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
+        """Go on from the file where there is one; a damaged one is only a loss of timings.
+
+        One that does not write leaves the file to another process.
+        """
+        self._writes = writes
         self._path = path
         self.phases: dict[str, float] = {}
         self.processor: dict[str, float] = {}
@@ -184,6 +188,8 @@ class Clock:
         spent = self.processor.get(self._phase, 0.0) + worked - self._worked
         self.processor[self._phase] = spent
         self._since, self._worked = now, worked
+        if not self._writes:
+            return
         content = {"created": self.created, "phases": self.phases, "processor": self.processor}
         write_atomically(self._path, json.dumps(content, indent=1) + "\n")
 

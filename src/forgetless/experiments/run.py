@@ -36,10 +36,12 @@ from forgetless.methods import make_any_method
 from forgetless.models.cache import cache_dir
 from forgetless.models.hardware import peak_memory
 from forgetless.models.load import LoadedModel
+from forgetless.models.placement import is_sharded
+from forgetless.processes import ALONE, Processes, connect
 from forgetless.recipe import Recipe
 from forgetless.training.callbacks import ReportSteps
 from forgetless.training.quiet import libraries_quiet
-from forgetless.training.sft import mixed_rows, refuse_data_parallel, train
+from forgetless.training.sft import mixed_rows, refuse_data_parallel, share_of_batch, train
 
 
 def run(
@@ -51,7 +53,10 @@ def run(
 ) -> Path:
     """Do all that a recipe asks for, or what is left of it.
 
-    A folder in which `train_only` has trained is taken up where it stands.
+    A folder in which `train_only` has trained is taken up where it stands. Of several processes
+    that a launcher has started (torchrun, `accelerate launch`), each calls this: they calibrate,
+    solve and train together; the first one writes all files and measures, while the others return
+    once training is done.
 
     Args:
         recipe: What to do. Its `output` folder holds `recipe.yaml`, `checkpoints/`, `adapter/` (a
@@ -62,41 +67,55 @@ def run(
         allow_task_code: Whether the folder `evaluation.lm_eval.include_path` may run Python.
 
     Returns:
-        Path of the record.
+        Path of the record, which in a process other than the first may not be there yet.
 
     Raises:
         ForgetlessError: The message says where, what was expected, what came, and what to do.
     """
-    heard = progress or Progress()
+    processes, heard = _connected(recipe, progress)
     folder = RunFolder(recipe.output)
-    with _kept_on_failure(folder, heard, resume):
+
+    def is_settled() -> bool:
         folder.check(recipe)
+        share_of_batch(recipe.training.batch_size, processes)
         if folder.record.exists() and settle(recipe, folder, heard):
-            return folder.record
+            return True
         _claim(recipe, folder, allow_task_code=allow_task_code)
-        return _Run(recipe, folder, heard).go(allow_task_code=allow_task_code)
+        return False
+
+    with _kept_on_failure(folder, heard, resume):
+        if processes.by_main(is_settled):
+            return folder.record
+        return _Run(recipe, folder, heard, processes).go(allow_task_code=allow_task_code)
 
 
 def calibrate_only(
     recipe: Recipe, *, progress: Progress | None = None, resume: str | None = None
 ) -> Started:
     """Collect second moments into the cache and start the adapter; a later `run` re-uses them."""
-    heard = progress or Progress()
+    processes, heard = _connected(recipe, progress)
     folder = RunFolder(recipe.output)
     with _kept_on_failure(folder, heard, resume):
-        _claim(recipe, folder)
-        return _Run(recipe, folder, heard).go_to_calibrated()
+        processes.by_main(lambda: _claim(recipe, folder))
+        return _Run(recipe, folder, heard, processes).go_to_calibrated()
 
 
 def train_only(
     recipe: Recipe, *, progress: Progress | None = None, resume: str | None = None
 ) -> TrainingFacts:
     """Train, and stop before the evaluation; a later `run` of the recipe goes on from there."""
-    heard = progress or Progress()
+    processes, heard = _connected(recipe, progress)
     folder = RunFolder(recipe.output)
     with _kept_on_failure(folder, heard, resume):
-        _claim(recipe, folder)
-        return _Run(recipe, folder, heard).go_to_trained()
+        share_of_batch(recipe.training.batch_size, processes)
+        processes.by_main(lambda: _claim(recipe, folder))
+        return _Run(recipe, folder, heard, processes).go_to_trained()
+
+
+def _connected(recipe: Recipe, progress: Progress | None) -> tuple[Processes, Progress]:
+    """The processes of this run, and who hears of progress: the first one's user."""
+    processes = connect(recipe.device)
+    return processes, (progress if progress and processes.is_main else Progress())
 
 
 def _claim(recipe: Recipe, folder: RunFolder, *, allow_task_code: bool | None = None) -> None:
@@ -139,11 +158,14 @@ def _kept_on_failure(folder: RunFolder, heard: Progress, resume: str | None) -> 
 class _Run:
     """The phases of one run, in order, each announced and timed."""
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, progress: Progress) -> None:
+    def __init__(
+        self, recipe: Recipe, folder: RunFolder, progress: Progress, processes: Processes
+    ) -> None:
+        self.processes = processes
         self.recipe = recipe
         self.folder = folder
         self.progress = progress
-        self.clock = Clock(folder.state)
+        self.clock = Clock(folder.state, writes=processes.is_main)
         self.cache = cache_dir() / "runs"
         self.method = make_any_method(recipe.method)
         self.product = product_of(recipe.method, folder)
@@ -154,21 +176,22 @@ class _Run:
     def go_to_calibrated(self) -> Started:
         refuse_data_parallel()
         with libraries_quiet(), warnings_heard(self._warn):
-            return self._prepared()[2]
+            started = self._prepared()[2]
+            self.processes.part()
+            return started
 
     def go_to_trained(self) -> TrainingFacts:
         refuse_data_parallel()
         with libraries_quiet(), warnings_heard(self._warn):
-            loaded, data, started = self._prepared()
-            with self._phase("train"):
-                return self._train(loaded, data, started)
+            return self._trained()[3]
 
     def go(self, *, allow_task_code: bool) -> Path:
         refuse_data_parallel()
         with libraries_quiet(), warnings_heard(self._warn):
-            loaded, data, started = self._prepared()
-            with self._phase("train"):
-                training = self._train(loaded, data, started)
+            is_main = self.processes.is_main
+            loaded, data, started, training = self._trained()
+            if not is_main:
+                return self.folder.record
             with self._phase("evaluate"):
                 evaluation, scaled = measure_run(
                     self.recipe.evaluation,
@@ -203,10 +226,26 @@ class _Run:
         # Last of all: a record says that the run is finished.
         return save_record(record, self.folder.record)
 
+    def _trained(self) -> tuple[LoadedModel, Prepared, Started, TrainingFacts]:
+        """What all processes do; then each is on its own, and the first one goes on."""
+        loaded, data, started = self._prepared()
+        with self._phase("train"):
+            training = self._train(loaded, data, started)
+            is_main, in_parts = self.processes.is_main, is_sharded(started.model)
+            self.processes.part()
+            self.processes = ALONE
+        if is_main and in_parts:
+            # As a resumed run does: it finds itself trained.
+            del started
+            loaded, data, started = self._prepared()
+            with self._phase("train"):
+                training = self._train(loaded, data, started)
+        return loaded, data, started, training
+
     def _prepared(self) -> tuple[LoadedModel, Prepared, Started]:
-        with self._phase("load"):
+        with self._phase("load"), self.processes.together():
             loaded = self._load()
-        with self._phase("data"):
+        with self._phase("data"), self.processes.together():
             data = self._data(loaded)
         with self._phase("calibrate"):
             return loaded, data, self._start(loaded, data)
@@ -264,6 +303,7 @@ class _Run:
             data,
             cache=self.cache,
             progress=lambda role, done, total: self._advance(done, total, role),
+            processes=self.processes,
         )
         for text in skipped_notes(started.skipped):
             self.progress.note(text)

@@ -3,6 +3,8 @@
 A model that is larger than the accelerator's memory, or than main memory, is loaded with a
 `device_map`: accelerate then hangs a hook on each layer that fetches its weights for its own
 forward pass. In between they are on the meta device and hold nothing.
+
+FSDP and DeepSpeed's ZeRO-3 leave each process a part of every weight, once training has begun.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 
@@ -25,10 +28,20 @@ def with_weights(module: nn.Module) -> AbstractContextManager[None]:
 def values_of(module: nn.Module, name: str, held: Tensor) -> Tensor:
     """A tensor of a layer by the name that it has there, fetched where it is kept elsewhere."""
     if not held.is_meta:
-        return held
+        return whole(held)
     with with_weights(module):
         found: Tensor = getattr(module, name)
         return found.detach()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether this process holds but a part of the weights."""
+    return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor in one piece; of one that FSDP has sharded every process must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def computes_on(module: nn.Module) -> torch.device:

@@ -28,7 +28,9 @@ from forgetless.data.tokens import (
 from forgetless.errors import ForgetlessWarning, TrainingError
 from forgetless.evaluation.likelihood import score_rows
 from forgetless.models.pair import TunedModel, TunedPair
+from forgetless.models.placement import is_sharded
 from forgetless.models.state import left_as_found
+from forgetless.processes import Processes, connected
 from forgetless.training.callbacks import CheckGradients, MarkCheckpoints
 from forgetless.training.checkpoint import resume_point, trained_state
 from forgetless.training.full import FullSubject
@@ -75,8 +77,8 @@ def train(
         callbacks: Further callbacks of transformers, such as `ReportSteps`.
 
     Raises:
-        TrainingError: Nothing to train on or to validate with, a layer that trains nothing, a loss
-            that is not finite.
+        TrainingError: Nothing to train on or to validate with, a batch that the processes of this
+            run cannot divide, a layer that trains nothing, a loss that is not finite.
         ArtefactError: `output` holds a checkpoint of another run or program, or cannot be written.
 
     Warns:
@@ -85,6 +87,7 @@ def train(
     subject = _subject_of(model, options)
     device = subject.causal.device
     refuse_data_parallel()
+    processes = connected()
     kept = preserve or PreserveData()
     for regulariser in options.regularisers:
         regulariser.check_form(subject.form)
@@ -96,7 +99,7 @@ def train(
         data += f"+{fingerprint_token_rows(kept.rows)}"
     described = subject.described(start)
     identity = identity_of(described, device, data=data, options=options, seed=seed)
-    point = resume_point(output, identity)
+    point = processes.by_main(lambda: resume_point(output, identity))
     resumed_from = () if point is None else point[1].resumed_from
     if point is not None and point[1].step >= options.num_steps(len(rows)):
         # The trainer would take one more step where the run ended within an epoch.
@@ -116,16 +119,27 @@ def train(
                 subject,
                 lora_plus_ratio=options.lora_plus_ratio,
                 terms={one.name: one.bind(binding) for one in options.regularisers},
-                args=_arguments(subject, options, output, seed=seed, num_rows=len(rows)),
+                args=_arguments(
+                    subject,
+                    options,
+                    output,
+                    seed=seed,
+                    num_rows=len(rows),
+                    batch_size=share_of_batch(options.batch_size, processes),
+                ),
                 train_dataset=_dataset(rows),
                 data_collator=DataCollatorForLanguageModeling(pad_token_id(tokenizer)),
                 processing_class=tokenizer,
                 callbacks=[*watchers, *callbacks],
             )
             subject.made_ready()
+            if point is not None and trainer.shards:
+                subject.load(point[0])  # while it is whole
             trainer.train(resume_from_checkpoint=None if point is None else str(point[0]))
             state = trainer.state
-    _warn_if_unmoved(subject, state.global_step)
+    in_parts = is_sharded(subject.model)
+    if not in_parts:
+        _warn_if_unmoved(subject, state.global_step)
     return TrainingFacts(
         learning_rate=options.learning_rate,
         learning_rate_source=options.learning_rate_source,
@@ -135,7 +149,9 @@ def train(
         trainable_parameters=sum(p.numel() for p in subject.model.parameters() if p.requires_grad),
         resumed_from=list(resumed_from),
         curve=_curve(state),
-        validation_nll=mean_nll(model, tokenizer, validation_rows) if validation_rows else None,
+        validation_nll=mean_nll(model, tokenizer, validation_rows)
+        if validation_rows and not in_parts
+        else None,
     )
 
 
@@ -217,14 +233,35 @@ def _dataset(rows: Sequence[TokenRow]) -> Dataset:
     )
 
 
+def share_of_batch(batch_size: int, processes: Processes) -> int:
+    """Rows of a batch that each process takes: the batch is the same however many there are.
+
+    Raises:
+        TrainingError: It cannot be divided.
+    """
+    if batch_size % processes.count:
+        raise TrainingError(
+            f"training.batch_size: expected a multiple of {processes.count}, the number of "
+            f"processes, which divide a batch among them, got {batch_size}; set it to "
+            f"{-(-batch_size // processes.count) * processes.count}"
+        )
+    return batch_size // processes.count
+
+
 def _arguments(
-    subject: Subject, options: TrainingOptions, output: Path, *, seed: int, num_rows: int
+    subject: Subject,
+    options: TrainingOptions,
+    output: Path,
+    *,
+    seed: int,
+    num_rows: int,
+    batch_size: int,
 ) -> SFTConfig:
     device = subject.causal.device
     return SFTConfig(
         output_dir=str(output),
         max_steps=options.num_steps(num_rows),
-        per_device_train_batch_size=options.batch_size,
+        per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=options.gradient_accumulation,
         # The old name and the new one: TRL turns the old one on by default.
         gradient_checkpointing=options.gradient_checkpointing,

@@ -43,6 +43,11 @@ class SubjectTrainer(SFTTrainer):
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
 
+    @property
+    def shards(self) -> bool:
+        """Whether each process will hold but a part of the weights."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
     def training_step(self, model: nn.Module, *arguments: Any, **options: Any) -> Tensor:
         """One forward and backward pass.
 
@@ -148,4 +153,5 @@ class SubjectTrainer(SFTTrainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        self._subject.load(Path(resume_from_checkpoint))
+        if not self.shards:  # else it was loaded before
+            self._subject.load(Path(resume_from_checkpoint))
