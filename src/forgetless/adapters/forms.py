@@ -29,7 +29,7 @@ from forgetless.adapters.variant import FIXED_A, FIXED_B, BothVariant
 from forgetless.errors import AdapterError
 from forgetless.linalg.lowrank import concatenated_delta
 from forgetless.methods.base import AdapterInit, Trains
-from forgetless.models.placement import computes_on
+from forgetless.models.placement import computes_on, whole
 
 
 class Form(ABC):
@@ -65,11 +65,11 @@ class Form(ABC):
 
         Live: gradients flow to what trains.
         """
-        return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        return whole(layer.lora_A[adapter].weight), whole(layer.lora_B[adapter].weight)
 
     def down_projection(self, layer: LoraLayer, adapter: str) -> Tensor:
         """The A (R, D) of the paper, which the adapter reads its input through."""
-        return layer.lora_A[adapter].weight.detach()
+        return whole(layer.lora_A[adapter].weight).detach()
 
 
 def _materialise(layer: LoraLayer, adapter: str) -> None:
@@ -129,13 +129,13 @@ class TrainsBoth(Form):
     def deviation(self, layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
         """A = [a; A0] and B = [B0 + b, b]."""
         a_RD, b_OR = super().deviation(layer, adapter)
-        fixed_A_RD = getattr(layer, FIXED_A)[adapter].weight
-        fixed_B_OR = getattr(layer, FIXED_B)[adapter].weight
+        fixed_A_RD = whole(getattr(layer, FIXED_A)[adapter].weight)
+        fixed_B_OR = whole(getattr(layer, FIXED_B)[adapter].weight)
         return concatenated_delta(a_RD, b_OR, fixed_A_RD, fixed_B_OR)
 
     def down_projection(self, layer: LoraLayer, adapter: str) -> Tensor:
         """A0 + a."""
-        fixed_A_RD: Tensor = getattr(layer, FIXED_A)[adapter].weight.detach()
+        fixed_A_RD = whole(getattr(layer, FIXED_A)[adapter].weight).detach()
         return fixed_A_RD + super().down_projection(layer, adapter)
 
 

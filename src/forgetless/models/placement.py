@@ -40,8 +40,18 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor in one piece; of one that FSDP has sharded every process must ask for it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """A tensor in one piece; of one that is sharded every process must ask for it.
+
+    Of what FSDP has sharded it is live, of what DeepSpeed has a copy without a gradient.
+    """
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    if not hasattr(tensor, "ds_id"):
+        return tensor
+    from deepspeed.zero import GatheredParameters
+
+    with GatheredParameters([tensor]):
+        return tensor.detach().clone()
 
 
 def computes_on(module: nn.Module) -> torch.device:

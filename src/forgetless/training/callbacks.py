@@ -27,18 +27,15 @@ class CheckGradients(TrainerCallback):
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         """Watch these adapted layers, by name."""
-        self._trainable = {
-            name: [p for p in layer.parameters() if p.requires_grad]
-            for name, layer in layers.items()
-        }
-        self._silent = dict(self._trainable)
+        self._layers = dict(layers)
+        self._silent = set(layers)
         self._steps = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """A layer without any trainable tensor is refused before the first step."""
-        for name, parameters in self._trainable.items():
+        for name, parameters in self._trainable().items():
             if not parameters:
                 raise TrainingError(f"layer {name}: trains nothing, it has no trainable tensor")
 
@@ -46,7 +43,8 @@ class CheckGradients(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Look at the gradients that the optimiser is about to use."""
-        gradients = [p.grad for ps in self._trainable.values() for p in ps if p.grad is not None]
+        trainable = self._trainable()
+        gradients = [p.grad for ps in trainable.values() for p in ps if p.grad is not None]
         if gradients and not torch.nn.utils.get_total_norm(gradients).isfinite():
             raise TrainingError(
                 f"step {state.global_step + 1}: expected finite gradients, got NaN or inf; lower "
@@ -55,15 +53,23 @@ class CheckGradients(TrainerCallback):
         if not self._silent:
             return
         self._steps += 1
-        for name, parameters in list(self._silent.items()):
-            if any(p.grad is not None and bool(p.grad.any()) for p in parameters):
-                del self._silent[name]
+        for name in [name for name in self._layers if name in self._silent]:
+            if any(p.grad is not None and bool(p.grad.any()) for p in trainable[name]):
+                self._silent.remove(name)
         if self._silent and self._steps >= min(self._PATIENCE, state.max_steps):
+            first = next(name for name in self._layers if name in self._silent)
             raise TrainingError(
-                f"layer {next(iter(self._silent))}: trains nothing, its gradient is zero "
-                f"({len(self._silent)} of {len(self._trainable)} adapted layers); its type may not "
+                f"layer {first}: trains nothing, its gradient is zero "
+                f"({len(self._silent)} of {len(self._layers)} adapted layers); its type may not "
                 "support this form: use a method that trains `a` or `b`, or leave it out of targets"
             )
+
+    def _trainable(self) -> dict[str, list[nn.Parameter]]:
+        """Looked up anew: FSDP puts others in place of those that it shards."""
+        return {
+            name: [p for p in layer.parameters() if p.requires_grad]
+            for name, layer in self._layers.items()
+        }
 
 
 class MarkCheckpoints(TrainerCallback):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
     TrainerCallback,
@@ -101,6 +101,14 @@ class FullSubject(Subject):
             folder.mkdir(parents=True, exist_ok=True)
             tensors = own_tensors(self._pair.tuned)
             save_file({k: v.detach().contiguous() for k, v in tensors.items()}, folder / WEIGHTS)
+
+    def in_one_piece(self) -> dict[str, Tensor]:
+        """Never: it trains beside its base, which is whole in every process."""
+        raise TrainingError(
+            "training: expected a model in one piece for method full, got a launcher that shards "
+            "it (FSDP, DeepSpeed); start it without, as plain data parallel training, or train an "
+            "adapter"
+        )
 
     def load(self, checkpoint: Path) -> None:
         """Every tensor in place."""

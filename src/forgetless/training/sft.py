@@ -133,8 +133,8 @@ def train(
                 callbacks=[*watchers, *callbacks],
             )
             subject.made_ready()
-            if point is not None and trainer.shards:
-                subject.load(point[0])  # while it is whole
+            if trainer.shards:
+                _prepare_to_shard(trainer, subject, None if point is None else point[0])
             trainer.train(resume_from_checkpoint=None if point is None else str(point[0]))
             state = trainer.state
     in_parts = is_sharded(subject.model)
@@ -231,6 +231,24 @@ def _dataset(rows: Sequence[TokenRow]) -> Dataset:
             ],
         }
     )
+
+
+def _prepare_to_shard(trainer: SubjectTrainer, subject: Subject, resumed: Path | None) -> None:
+    """Do what can only be done while the model is whole.
+
+    Raises:
+        TrainingError: FSDP's first version, or a subject that cannot be sharded.
+    """
+    if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version == 1:
+        raise TrainingError(
+            "training: expected version 2 of FSDP, got 1, whose flat parameters are not "
+            "supported here; set fsdp_version: 2 in accelerate's configuration"
+        )
+    subject.in_one_piece()
+    if trainer.is_deepspeed_enabled:
+        trainer.remove_callback(CheckGradients)  # it keeps gradients to itself
+    if resumed is not None:
+        subject.load(resumed)
 
 
 def share_of_batch(batch_size: int, processes: Processes) -> int:

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from forgetless.adapters.forms import adapted_layers, align_adapter_dtype, form_of
 from forgetless.methods.base import Held
 from forgetless.models.pair import TunedModel
+from forgetless.models.placement import whole
 from forgetless.models.state import trainable_copy
 from forgetless.models.targets import base_of
 from forgetless.training.checkpoint import load_adapter_of
@@ -65,6 +66,14 @@ class Subject(ABC):
     @abstractmethod
     def save(self, folder: Path, *, is_main_process: bool, **options: Any) -> None:
         """Write all that a resume needs of the weights."""
+
+    @abstractmethod
+    def in_one_piece(self) -> dict[str, Tensor]:
+        """All that `save` writes, where each process holds a part of it; every one must ask.
+
+        Raises:
+            TrainingError: It cannot be trained so.
+        """
 
     @abstractmethod
     def load(self, checkpoint: Path) -> None:
@@ -131,6 +140,11 @@ class AdapterSubject(Subject):
             is_main_process=is_main_process,
             **options,
         )
+
+    def in_one_piece(self) -> dict[str, Tensor]:
+        """A layer's tensors at a time; the base is not gathered."""
+        named = self._model.named_parameters()
+        return {name: whole(p).detach().cpu() for name, p in named if ".lora_" in name}
 
     def load(self, checkpoint: Path) -> None:
         """Through PEFT, and every tensor compared: it passes missing ones over."""

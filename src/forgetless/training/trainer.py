@@ -127,6 +127,15 @@ class SubjectTrainer(SFTTrainer):
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """No model card beside checkpoints; the export writes one."""
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """What trains, gathered where it is sharded: not the base, and frozen sides too."""
+        if not self.shards:
+            super().save_model(output_dir, _internal_call)
+            return
+        state = self._subject.in_one_piece()
+        if self.args.should_save:
+            self._save(output_dir, state)
+
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
     ) -> None:
