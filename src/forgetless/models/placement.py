@@ -48,9 +48,9 @@ def whole(tensor: Tensor) -> Tensor:
         return tensor.full_tensor()
     if not hasattr(tensor, "ds_id"):
         return tensor
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with GatheredParameters([tensor]):
+    with deepspeed.zero.GatheredParameters([tensor]):
         return tensor.detach().clone()
 
 

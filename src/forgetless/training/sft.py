@@ -9,7 +9,8 @@ weights as one that was not.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -133,9 +134,12 @@ def train(
                 callbacks=[*watchers, *callbacks],
             )
             subject.made_ready()
-            if trainer.shards:
+            if trainer.sharding is not None:
+                for regulariser in options.regularisers:
+                    regulariser.check_sharding(trainer.sharding)
                 _prepare_to_shard(trainer, subject, None if point is None else point[0])
-            trainer.train(resume_from_checkpoint=None if point is None else str(point[0]))
+            with _launcher_heard():
+                trainer.train(resume_from_checkpoint=None if point is None else str(point[0]))
             state = trainer.state
     in_parts = is_sharded(subject.model)
     if not in_parts:
@@ -249,6 +253,21 @@ def _prepare_to_shard(trainer: SubjectTrainer, subject: Subject, resumed: Path |
         trainer.remove_callback(CheckGradients)  # it keeps gradients to itself
     if resumed is not None:
         subject.load(resumed)
+
+
+@contextmanager
+def _launcher_heard() -> Iterator[None]:
+    """Say in one line where DeepSpeed's configuration and the run's options contradict.
+
+    Raises:
+        TrainingError: It names both values.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "DeepSpeed config" not in str(error):
+            raise
+        raise TrainingError(f"training: {' '.join(str(error).split())}") from error
 
 
 def share_of_batch(batch_size: int, processes: Processes) -> int:

@@ -15,7 +15,7 @@ from trl import SFTTrainer
 from forgetless.errors import ArtefactError, TrainingError
 from forgetless.training.checkpoint import write_started
 from forgetless.training.loss import completion_loss, count_predicted
-from forgetless.training.regularisers.base import Term
+from forgetless.training.regularisers.base import Sharding, Term
 from forgetless.training.subject import Subject
 from forgetless.training.terms import TermsAtWork
 
@@ -44,9 +44,11 @@ class SubjectTrainer(SFTTrainer):
         self.remove_callback(ProgressCallback)
 
     @property
-    def shards(self) -> bool:
-        """Whether each process will hold but a part of the weights."""
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+    def sharding(self) -> Sharding | None:
+        """What will leave each process but a part of the weights, if anything."""
+        if self.is_fsdp_enabled:
+            return "FSDP"
+        return "DeepSpeed" if self.is_deepspeed_enabled else None
 
     def training_step(self, model: nn.Module, *arguments: Any, **options: Any) -> Tensor:
         """One forward and backward pass.
@@ -129,7 +131,7 @@ class SubjectTrainer(SFTTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """What trains, gathered where it is sharded: not the base, and frozen sides too."""
-        if not self.shards:
+        if self.sharding is None:
             super().save_model(output_dir, _internal_call)
             return
         state = self._subject.in_one_piece()
@@ -162,5 +164,5 @@ class SubjectTrainer(SFTTrainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        if not self.shards:  # else it was loaded before
+        if self.sharding is None:  # else it was loaded before
             self._subject.load(Path(resume_from_checkpoint))

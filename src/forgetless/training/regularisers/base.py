@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -20,6 +20,8 @@ from forgetless.data.tokens import TokenRow
 from forgetless.errors import TrainingError
 from forgetless.methods.base import Held
 from forgetless.models.pair import TunedModel
+
+Sharding = Literal["FSDP", "DeepSpeed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,8 @@ class Regulariser(ABC):
         needs_rows: Whether it reads rows of preserve data.
         trains_on_rows: Whether it trains on them like on train rows.
         forms: Forms of adapter that it works on; `full` stands for every weight.
+        sharded_by: With whose sharding of the model it works: it reads no weights or gradients of
+            which a process holds but a part.
     """
 
     name: ClassVar[str]
@@ -113,6 +117,7 @@ class Regulariser(ABC):
     needs_rows: ClassVar[bool] = False
     trains_on_rows: ClassVar[bool] = False
     forms: ClassVar[frozenset[Held]] = frozenset({"plain", "a", "b", "both", "full"})
+    sharded_by: ClassVar[frozenset[Sharding]] = frozenset()
 
     @property
     def needs_preserve(self) -> bool:
@@ -142,6 +147,18 @@ class Regulariser(ABC):
             form in self.forms,
             f"expected a method that trains {' or '.join(sorted(self.forms))}, got trains: {form}, "
             "on which it would do nothing; leave it out",
+        )
+
+    def check_sharding(self, sharding: Sharding) -> None:
+        """Refuse a model of which each process holds a part, where it would need the whole.
+
+        Raises:
+            TrainingError: Says what to do.
+        """
+        self._require(
+            sharding in self.sharded_by,
+            f"expected a model in one piece, got one that {sharding} shards; start it without "
+            f"{sharding}, as plain data parallel training, or take kl or replay",
         )
 
     def train_rows(

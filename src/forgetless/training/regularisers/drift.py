@@ -27,7 +27,7 @@ from forgetless.linalg.moments import output_energy
 from forgetless.linalg.precision import full_precision
 from forgetless.models.pair import TunedPair, reference_of
 from forgetless.models.targets import Target, find_targets
-from forgetless.training.regularisers.base import Binding, MicroBatch, Regulariser, Term
+from forgetless.training.regularisers.base import Binding, MicroBatch, Regulariser, Sharding, Term
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +44,7 @@ class Drift(Regulariser):
     title: ClassVar[str] = "weight decay in the metric of preserve activations"
     paper: ClassVar[str] = "this project"
     needs_moments: ClassVar[bool] = True
+    sharded_by: ClassVar[frozenset[Sharding]] = frozenset({"FSDP"})
 
     def __post_init__(self) -> None:
         """Check the options."""

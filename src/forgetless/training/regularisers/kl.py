@@ -27,7 +27,7 @@ from forgetless.models.placement import input_device
 from forgetless.models.state import left_as_found
 from forgetless.models.targets import base_of
 from forgetless.training.loss import chosen_logits
-from forgetless.training.regularisers.base import Binding, MicroBatch, Regulariser, Term
+from forgetless.training.regularisers.base import Binding, MicroBatch, Regulariser, Sharding, Term
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +46,7 @@ class KL(Regulariser):
     title: ClassVar[str] = "KL(base‖tuned) on preserve batches"
     paper: ClassVar[str] = "after Learning without Forgetting, arXiv:1606.09282"
     needs_rows: ClassVar[bool] = True
+    sharded_by: ClassVar[frozenset[Sharding]] = frozenset({"FSDP", "DeepSpeed"})
 
     def __post_init__(self) -> None:
         """Check the options."""

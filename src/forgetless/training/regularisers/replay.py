@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from forgetless.data.tokens import TokenRow, has_target
-from forgetless.training.regularisers.base import Binding, PreserveData, Regulariser, Term
+from forgetless.training.regularisers.base import Binding, PreserveData, Regulariser, Sharding, Term
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,7 @@ class Replay(Regulariser):
     paper: ClassVar[str] = "experience replay, arXiv:1811.11682"
     needs_rows: ClassVar[bool] = True
     trains_on_rows: ClassVar[bool] = True
+    sharded_by: ClassVar[frozenset[Sharding]] = frozenset({"FSDP", "DeepSpeed"})
 
     def __post_init__(self) -> None:
         """Check the options."""
