@@ -185,12 +185,11 @@ def lost_another(error: RuntimeError) -> bool:
 
 def _leave(*_: object) -> NoReturn:
     """End as an exit does, so that what is half written is taken back."""
-    if os.environ.get("RANK") != "0":
-        sys.exit(128 + signal.SIGTERM)
-    sys.exit(
+    text = (
         "forgetless: stopped by the launcher (SIGTERM), as happens where another process has "
         "ended. What is finished is kept: the same command resumes"
     )
+    sys.exit(text if is_first_to_say(text) else 1)
 
 
 @contextmanager

@@ -11,8 +11,11 @@ import sys
 from pathlib import Path
 
 import torch
+from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import forgetless
@@ -22,6 +25,7 @@ from forgetless.calibration.engine import SiteMoments
 from forgetless.data.loading import load_rows
 from forgetless.data.spec import parse_data
 from forgetless.errors import ForgetlessError
+from forgetless.models.placement import is_sharded
 from forgetless.models.targets import find_targets
 from forgetless.processes import connect
 
@@ -119,6 +123,38 @@ class Work:
                 forgetless.attach(model, self.tokenizer, preserve_data=rows, rank=4, batch_size=2)
             except ForgetlessError as error:
                 self.said[f"mistake {bad}"] = f"{type(error).__name__}: {error}"
+
+    def sharded(self) -> None:
+        """A loop of one's own: attach, shard with FSDP2 where there are several, train, export."""
+        for trains in ("b", "both"):
+            model = forgetless.attach(
+                self.model(),
+                self.tokenizer,
+                method={"name": "lora-null", "rank": 4, "trains": trains},
+                preserve_data=KEEP,
+            )
+            if self.processes.count > 1:
+                for layer in model.get_base_model().model.layers:
+                    fully_shard(layer)
+                fully_shard(model)
+                assert is_sharded(model)
+            trained = [p for p in model.parameters() if p.requires_grad]
+            optimiser = torch.optim.AdamW(trained, lr=1e-2)
+            for text in KEEP[:4]:  # the same rows everywhere: the mean of equal gradients is theirs
+                ids_BT = self.tokenizer(text, return_tensors="pt")["input_ids"]
+                loss = model(input_ids=ids_BT, labels=ids_BT).loss
+                loss.backward()
+                optimiser.step()
+                optimiser.zero_grad()
+            folder = forgetless.export(model, self.out / f"exported {trains}")
+            if self.processes.count > 1:
+                torch.distributed.barrier()  # the first one writes
+            with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+                self.said[f"exported {trains}"] = json.dumps(file.metadata(), sort_keys=True)
+            loaded = PeftModel.from_pretrained(self.model(), folder)
+            for layer, module in adapted_layers(loaded).items():
+                a_RD, b_OR = factors(module)
+                self.tensors[f"sharded {trains}/{layer}/delta"] = b_OR @ a_RD
 
     def finish(self) -> None:
         rank = self.processes.rank

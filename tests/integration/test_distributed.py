@@ -54,7 +54,7 @@ def found(tmp_path_factory, make_tiny_model, make_tiny_tokenizer) -> Found:
     model, one, two = folder / "model", folder / "one", folder / "two"
     make_tiny_model().save_pretrained(model)
     make_tiny_tokenizer().save_pretrained(model)
-    tasks = ["moments", "starts", "mistakes"]
+    tasks = ["moments", "starts", "mistakes", "sharded"]
     for out, launch in ((one, [sys.executable]), (two, LAUNCH)):
         out.mkdir()
         done = start([*launch, str(WORKER), str(model), str(out), *tasks])
@@ -94,6 +94,18 @@ def test_an_error_of_one_process_is_heard_by_both(found: Found) -> None:
         assert f"process {rank} of 2" in texts[1 - rank]
         failed.add(rank)
     assert failed == {0, 1}
+
+
+@pytest.mark.parametrize("trains", ["b", "both"])
+def test_a_loop_that_shards_with_fsdp2_exports_the_adapter_of_one_process(
+    found: Found, trains: str
+) -> None:
+    for name, one, two in found.pairs(f"sharded {trains}"):
+        assert bool(one.any()), name
+        assert (two - one).norm() <= 1e-4 * one.norm(), name
+    facts = found.said_of_one[f"exported {trains}"]
+    assert "forgetless_base" in facts  # the same base, whole or in parts
+    assert found.said[0][f"exported {trains}"] == facts
 
 
 def projector(a_RD: Tensor) -> Tensor:

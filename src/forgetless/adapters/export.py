@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from peft import PeftModel
@@ -32,8 +33,10 @@ from forgetless.adapters.plain_lora import refuse_what_plain_lora_cannot_hold
 from forgetless.data.spec import DataInput
 from forgetless.errors import AdapterError, ForgetlessWarning
 from forgetless.methods import make_method
+from forgetless.models.placement import is_sharded
 from forgetless.models.quantization import quantization_of
 from forgetless.models.targets import base_of
+from forgetless.processes import connected
 
 __all__ = [
     "EXPORT_TARGETS",
@@ -80,6 +83,9 @@ def export(
 ) -> Path:
     """Write an adapter for an engine: one rank, alpha = rank, no patterns; or a merged model.
 
+    Of several processes that torch.distributed connects, the first one writes. The others return at
+    once, but where FSDP or DeepSpeed has sharded the model: then all of them must call this.
+
     Args:
         model: A PeftModel with any of our forms, or any PEFT LoRA on linear layers.
         folder: Where to write; made where it does not exist.
@@ -104,35 +110,68 @@ def export(
         The folder.
 
     Raises:
-        AdapterError: No such adapter or target, tensors that a plain LoRA cannot hold, or an
-            adapter that the target's engine would not take.
+        AdapterError: No such adapter or target, tensors that a plain LoRA cannot hold, an adapter
+            that the target's engine would not take, or a sharded model where all of it is needed.
     """
     chosen = export_target(target)
     check_compression(max_rank, moments_data)
+    in_parts = is_sharded(model)
+    if in_parts:
+        _refuse_parts(chosen, moments_data)
+    is_main = connected().is_main
+    if not is_main and not in_parts:
+        return Path(folder)
     refuse_what_plain_lora_cannot_hold(model, adapter)
-    job = ExportJob(
-        model=model,
-        folder=Path(folder),
-        adapter=adapter,
-        scale=scale,
-        base_name=base_name,
-        revision=revision,
-        tokenizer=tokenizer,
-        card=_card(model, adapter, method, report, samples, scale),
-    )
-    chosen.check(job)
-    metric = IDENTITY
-    if moments_data is not None and is_above(job, max_rank):
-        if tokenizer is None:
-            raise AdapterError("moments_data: expected the model's tokenizer too; pass tokenizer=")
-        kept = Path(cache) if cache is not None else None
-        metric = metric_on(model, tokenizer, moments_data, adapter=adapter, cache=kept)
-    with cut_to(job, max_rank, metric) as (ready, compression):
-        if compression is not None:
-            ready = dataclasses.replace(ready, card=_cut_card(job.card, compression))
-        chosen.write(ready)
-        keep_figures(compression, job.folder)
-    return job.folder
+    with _written(Path(folder), is_main) as place:
+        job = ExportJob(
+            model=model,
+            folder=place,
+            adapter=adapter,
+            scale=scale,
+            base_name=base_name,
+            revision=revision,
+            tokenizer=tokenizer,
+            card=_card(model, adapter, method, report, samples, scale),
+        )
+        chosen.check(job)
+        metric = IDENTITY
+        if moments_data is not None and is_above(job, max_rank):
+            if tokenizer is None:
+                raise AdapterError(
+                    "moments_data: expected the model's tokenizer too; pass tokenizer="
+                )
+            kept = Path(cache) if cache is not None else None
+            metric = metric_on(model, tokenizer, moments_data, adapter=adapter, cache=kept)
+        with cut_to(job, max_rank, metric) as (ready, compression):
+            if compression is not None:
+                ready = dataclasses.replace(ready, card=_cut_card(job.card, compression))
+            chosen.write(ready)
+            keep_figures(compression, job.folder)
+    return Path(folder)
+
+
+@contextmanager
+def _written(folder: Path, is_main: bool) -> Iterator[Path]:
+    """Where a process writes: what gathers a sharded model asks all of them, but one keeps it."""
+    if is_main:
+        yield folder
+        return
+    with TemporaryDirectory() as nowhere:
+        yield Path(nowhere) / "adapter"
+
+
+def _refuse_parts(target: ExportTarget, moments_data: object) -> None:
+    """Refuse what needs the whole base, where each process holds a part.
+
+    Raises:
+        AdapterError: Says what to do.
+    """
+    if not target.is_peft or moments_data is not None:
+        what = f"target {target.name}" if moments_data is None else "moments_data"
+        raise AdapterError(
+            f"export: expected a model in one piece for {what}, got a sharded one; export for peft "
+            "first, and go on from that folder"
+        )
 
 
 def _card(

@@ -12,6 +12,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -124,7 +125,7 @@ def _tied_names(model: nn.Module) -> Container[str]:
 
 def _rounds_alike(tensor: Tensor) -> bool:
     """Whether a tensor rounded to bfloat16 is what its source rounded to bfloat16 is."""
-    is_plain = not is_traceable_wrapper_subclass(tensor)
+    is_plain = isinstance(tensor, DTensor) or not is_traceable_wrapper_subclass(tensor)
     return is_plain and tensor.dtype in (torch.float32, torch.bfloat16)
 
 
