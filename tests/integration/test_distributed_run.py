@@ -159,20 +159,20 @@ def test_fsdp2_does_the_run_of_one_process(folder: Folder) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "override", "said"),
+    ("name", "overrides", "said"),
     [
-        ("full", "method={name: full}", "expected a model in one piece for method full"),
+        ("full", ["method={name: full}"], "expected a model in one piece for method full"),
         (
             "project",
-            "training.regularisers=[{name: project}]",
+            ["method={name: lora, rank: 4}", "training.regularisers=[{name: project}]"],
             "regulariser project: expected a model in one piece",
         ),
     ],
 )
 def test_what_needs_the_whole_model_is_refused_where_it_is_sharded(
-    folder: Folder, name: str, override: str, said: str
+    folder: Folder, name: str, overrides: list[str], said: str
 ) -> None:
-    done = folder.run([*TORCHRUN, SHARDING], f"refused-{name}", override, **FSDP)
+    done = folder.run([*TORCHRUN, SHARDING], f"refused-{name}", *overrides, **FSDP)
     assert done.returncode != 0
     assert said in done.stderr
 
