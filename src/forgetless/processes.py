@@ -167,7 +167,7 @@ def connect(device: str = "auto") -> Processes:
 def is_first_to_say(text: str) -> bool:
     """Whether no other process of this run has said it yet, as far as that can be told."""
     if not distributed.is_initialized():
-        return os.environ.get("RANK", "0") == "0"
+        return os.environ.get("LOCAL_RANK", "0") == "0"  # once on each machine
     try:
         store = distributed.distributed_c10d._get_default_store()
         return bool(store.add(f"forgetless/said/{text}", 1) == 1)

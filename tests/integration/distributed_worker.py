@@ -11,12 +11,19 @@ import sys
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainingArguments,
+)
 
 import forgetless
 from forgetless.adapters.forms import adapted_layers, factors
@@ -95,10 +102,7 @@ class Work:
                 batch_size=2,
                 **options,
             )
-            for layer, module in adapted_layers(model).items():
-                for side in ("lora_A", "lora_B"):
-                    weight = getattr(module, side)["default"].weight
-                    self.tensors[f"{name}/{layer}/{side}"] = weight.detach().clone()
+            self.keep_start(name, model)
             with torch.no_grad():  # a step of the same size everywhere, for a ΔW to compare
                 for module in adapted_layers(model).values():
                     for weight in (
@@ -110,6 +114,26 @@ class Work:
             for layer, module in adapted_layers(model).items():
                 a_RD, b_OR = factors(module)
                 self.tensors[f"{name}/{layer}/delta"] = b_OR @ a_RD
+
+    def keep_start(self, name: str, model: PeftModel) -> None:
+        for layer, module in adapted_layers(model).items():
+            for side in ("lora_A", "lora_B"):
+                weight = getattr(module, side)["default"].weight
+                self.tensors[f"{name}/{layer}/{side}"] = weight.detach().clone()
+
+    def trainer(self) -> None:
+        """On a trainer's own data, which every process has all of."""
+        ids = [self.tokenizer(row["prompt"] + row["completion"])["input_ids"] for row in LEARN]
+        trainer = Trainer(
+            model=self.model(),
+            args=TrainingArguments(str(self.out / "trainer"), use_cpu=True, report_to="none"),
+            train_dataset=Dataset.from_dict({"input_ids": ids}),
+            data_collator=DataCollatorForLanguageModeling(self.tokenizer, mlm=False),
+            processing_class=self.tokenizer,
+        )
+        given = {"name": "sc-lora", "rank": 4}
+        model = forgetless.initialize(trainer, method=given, preserve_data=KEEP, batch_size=2)
+        self.keep_start("trainer", model)
 
     def mistakes(self) -> None:
         """Only one process meets the row whose activations are not finite: for each row in turn."""

@@ -54,7 +54,7 @@ def found(tmp_path_factory, make_tiny_model, make_tiny_tokenizer) -> Found:
     model, one, two = folder / "model", folder / "one", folder / "two"
     make_tiny_model().save_pretrained(model)
     make_tiny_tokenizer().save_pretrained(model)
-    tasks = ["moments", "starts", "mistakes", "sharded"]
+    tasks = ["moments", "starts", "mistakes", "sharded", "trainer"]
     for out, launch in ((one, [sys.executable]), (two, LAUNCH)):
         out.mkdir()
         done = start([*launch, str(WORKER), str(model), str(out), *tasks])
@@ -73,7 +73,7 @@ def test_two_processes_give_the_moments_of_one(found: Found, rows: str) -> None:
         assert said[f"{rows}: progress"] == json.dumps([len(KEEP), len(KEEP)])
 
 
-@pytest.mark.parametrize("start", [*METHODS, "in passes", "kept", "taken"])
+@pytest.mark.parametrize("start", [*METHODS, "in passes", "kept", "taken", "trainer"])
 def test_two_processes_start_the_adapter_of_one(found: Found, start: str) -> None:
     for name, one, two in found.pairs(start):
         if name.endswith("delta"):

@@ -236,7 +236,7 @@ class _Run:
             self.processes = ALONE
         if is_main and in_parts:
             # As a resumed run does: it finds itself trained.
-            del started
+            del loaded, data, started
             loaded, data, started = self._prepared()
             with self._phase("train"):
                 training = self._train(loaded, data, started)
