@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from forgetless.errors import AdapterError, CalibrationError
 from forgetless.linalg.moments import SecondMoment
 from forgetless.methods import make_method
 from forgetless.models.fingerprint import model_fingerprint, rounded_fingerprint
-from forgetless.models.targets import find_targets
+from forgetless.models.targets import Target, find_targets
 from tiny_bases import tiny_base
 
 WORDS = ("sea", "is", "wide", "and", "hills", "green", "while", "small", "boats", "go", "out", "at")
@@ -153,6 +154,23 @@ def test_layers_that_read_one_tensor_stay_together() -> None:
     group_of = {name: i for i, group in enumerate(plan.groups) for name in group}
     for name, site in plan.order.site_of.items():
         assert group_of[name] == group_of[site]
+
+
+def test_the_group_that_is_not_full_is_the_first_whose_pass_is_the_shortest() -> None:
+    model = tiny_base("llama")
+    targets, budget = find_targets(model).targets, 17_000
+    plan = plan_calibration(model, targets, budget=budget)
+
+    def sites(group: dict[str, Target]) -> list[str]:
+        return list(dict.fromkeys(plan.order.site_of[name] for name in plan.order.of(group)))
+
+    def size(site: str) -> int:
+        width = targets[site].in_features
+        return 4 * width * (width + 1)
+
+    for before, group in itertools.pairwise(plan.groups):
+        taken = sum(size(site) for site in sites(group))
+        assert taken <= budget < taken + size(sites(before)[-1])
 
 
 def test_a_site_that_is_larger_than_the_budget_is_named(

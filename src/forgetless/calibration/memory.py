@@ -76,11 +76,13 @@ def plan_calibration(
         _check_site(targets, sizes, budget, "in memory_budget", "raise it, or name fewer layers")
     groups: list[list[str]] = [[]]
     used, largest = 0, 0
-    for site, size in sizes.items():
+    # From the last site on: a pass costs what lies before its group's end, so that the group which
+    # is not full should be the first.
+    for site, size in reversed(sizes.items()):
         if used + size > budget:
-            groups.append([])
+            groups.insert(0, [])
             used = 0
-        groups[-1] += sites[site]
+        groups[0] += sites[site]
         used += size
         largest = max(largest, used)
     groups[0] += idle  # refused after the first pass, not after the last

@@ -218,7 +218,8 @@ def refuse_data_parallel() -> None:
     if torch.cuda.device_count() > 1 and not torch.distributed.is_torchelastic_launched():
         raise TrainingError(
             f"training: expected one visible GPU, got {torch.cuda.device_count()}; set "
-            "CUDA_VISIBLE_DEVICES=0"
+            "CUDA_VISIBLE_DEVICES=0, or use them all: "
+            f"torchrun --nproc-per-node {torch.cuda.device_count()} -m forgetless run ..."
         )
 
 
