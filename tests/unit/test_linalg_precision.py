@@ -1,4 +1,4 @@
-"""Solves and sums never run in TF32 or bf16, also where the process allows both."""
+"""Solves and sums never lose bits to TF32 or bf16, also where the process allows both."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from forgetless.linalg import gram
 from forgetless.linalg.lowrank import project_and_balance
 from forgetless.linalg.moments import SecondMoment, output_energy
 from forgetless.linalg.precision import full_precision
@@ -51,16 +52,18 @@ def moment() -> SecondMoment:
     return found
 
 
+MOMENT = moment()
+
+
 def start(name: str) -> None:
     method = make_method({"name": name, "rank": 2})
     layer = LayerWeights("layer", torch.ones(8, 6).tril(), None)
-    method.init(layer, SiteStatistics(moment(), moment()), torch.Generator())
+    method.init(layer, SiteStatistics(MOMENT, MOMENT), torch.Generator())
 
 
 @pytest.mark.parametrize(
     "solve",
     [
-        moment,
         lambda: output_energy(torch.ones(4, 6), torch.eye(6)),
         lambda: leakage(null_basis(torch.eye(6), 2)[0], torch.eye(6)),
         lambda: project_and_balance(torch.ones(4, 6), torch.eye(6)[:, :2]),
@@ -78,6 +81,47 @@ def test_products_of_a_solve_are_never_narrowed(solve: Callable[[], object]) -> 
     assert products.seen
     assert set(products.seen) == {("ieee", "ieee")}
     assert settings() == before
+
+
+@pytest.mark.parametrize("width", [6, 700])
+@pytest.mark.usefixtures("narrow_matmuls")
+def test_a_moment_is_summed_in_float32_whatever_the_process_allows(width: int) -> None:
+    before = settings()
+    x_TD = torch.randn(3000, width, generator=torch.Generator().manual_seed(0))
+    found = SecondMoment.zeros(width)
+    found.add_(x_TD)
+    exact_DD = x_TD.double().T @ x_TD.double() / 3000
+    # Factors in bfloat16 would leave 6e-5.
+    assert (found.mean_DD().double() - exact_DD).norm() < 1e-6 * exact_DD.norm()
+    assert settings() == before
+
+
+@pytest.fixture
+def asked_anew() -> Iterator[None]:
+    gram._multiplies_float32_anyway.cache_clear()
+    yield
+    gram._multiplies_float32_anyway.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("kind", "capabilities"),
+    [
+        ("with AMX", {"avx512_f": True, "amx_bf16": True}),
+        ("with less than AVX-512", {"avx2": True}),
+        ("that rounds", {"avx512_f": True}),
+    ],
+)
+@pytest.mark.usefixtures("asked_anew", "narrow_matmuls")
+def test_float32_on_a_processor_is_multiplied_in_full_precision(
+    kind: str, capabilities: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    if kind == "that rounds":
+        monkeypatch.setattr(gram, "_FLOAT32_ERROR", 1e-12)
+    assert not gram._multiplies_float32_anyway()
+    with Products() as products:
+        moment()
+    assert set(products.seen) == {("ieee", "ieee")}
 
 
 def test_settings_come_back_after_an_error() -> None:

@@ -3,10 +3,11 @@
 xᵀ x is symmetric, so only blocks on and below the diagonal are formed. Which routine forms them
 depends on the device and on the dtype of x:
 
-- float32 on a CPU: oneDNN's, which reads both factors along tokens (1.3 to 1.9 times faster than
-  MKL's on an AMD processor, equal on others)
 - bfloat16 on a CPU that multiplies it: the product of two bfloat16 numbers is exact in float32, so
   bfloat16 multipliers with float32 sums lose nothing
+- float32 on a CPU with AVX-512 and without AMX: oneDNN takes the same request for bfloat16
+  multipliers, and answers with float32 ones, for it has no others there. That is asked of it once,
+  not assumed. It is worth it: MKL's, which full precision gets, take 1.1 to 1.2 times as long
 - bfloat16 and float16 on CUDA: the same, with a float32 result; tensor cores cut off what a running
   sum cannot hold in place of rounding it, so that 2048 tokens at a time keep the error of a sum
   near 5e-6 (8192 at a time: 3e-5), and the float32 sum takes those
@@ -26,9 +27,10 @@ from torch import Tensor
 
 from forgetless.linalg.precision import full_precision, products_of_bfloat16
 
-CHUNK = 2**21  # numbers that are widened or turned at a time, so that the copy stays in the cache
+_CHUNK = 2**22  # numbers that are widened at a time: a copy of 16 MiB
 _TENSOR_CORE_TOKENS = 2048  # that one product of 16-bit factors sums up on CUDA
 _NARROWEST_PANEL = {"cpu": 192, "cuda": 1024}  # narrower ones take longer than the half they save
+_FLOAT32_ERROR = 2e-6  # relative, of a product at most; bfloat16 factors leave 6e-5
 _EXACT_IN_BFLOAT16 = ("amx_bf16", "avx512_bf16")  # in torch.cpu.get_capabilities()
 
 
@@ -41,14 +43,15 @@ def add_gram_(lower_DD: Tensor, sum_D: Tensor, x_TD: Tensor) -> None:
         x_TD: Any float dtype that the sums' dtype holds; T may be 0.
     """
     add_panels_, precision = _routine(x_TD, lower_DD)
+    most = _tokens_at_a_time(x_TD)
     with precision():
-        for x_ND in torch.split(x_TD, _tokens_at_a_time(x_TD)) if len(x_TD) else ():
+        for x_ND in torch.tensor_split(x_TD, -(-len(x_TD) // most)) if len(x_TD) else ():
             add_panels_(lower_DD, sum_D, x_ND)
 
 
 def _tokens_at_a_time(x_TD: Tensor) -> int:
     if x_TD.device.type == "cpu":
-        return max(CHUNK // x_TD.shape[1], 256)
+        return max(_CHUNK // x_TD.shape[1], 256)
     return _TENSOR_CORE_TOKENS if x_TD.dtype.itemsize == 2 else len(x_TD)
 
 
@@ -57,14 +60,13 @@ _Precision = Callable[[], AbstractContextManager[None]]
 
 
 def _routine(x_TD: Tensor, lower_DD: Tensor) -> tuple[_AddPanels, _Precision]:
-    kind, narrow = x_TD.device.type, x_TD.dtype in (torch.bfloat16, torch.float16)
-    single = lower_DD.dtype == torch.float32
-    if single and kind == "cuda" and narrow:
+    kind, single = x_TD.device.type, lower_DD.dtype == torch.float32
+    if single and kind == "cuda" and x_TD.dtype.itemsize == 2:
         return _add_narrow, full_precision
-    if single and kind == "cpu" and x_TD.dtype == torch.bfloat16 and _multiplies_bfloat16():
-        return _add_widened, products_of_bfloat16
-    if single and kind == "cpu" and _has_onednn():
-        return _add_turned, full_precision
+    if single and kind == "cpu":
+        exact = x_TD.dtype == torch.bfloat16 and _multiplies_bfloat16()
+        if exact or _multiplies_float32_anyway():
+            return _add_widened, products_of_bfloat16
     return _add_widened, full_precision
 
 
@@ -83,20 +85,6 @@ def _add_narrow(lower_DD: Tensor, sum_D: Tensor, x_ND: Tensor) -> None:
         torch.addmm(block, x_ND[:, rows].T, x_ND[:, columns], out_dtype=lower_DD.dtype, out=block)
 
 
-def _add_turned(lower_DD: Tensor, sum_D: Tensor, x_ND: Tensor) -> None:
-    x_DN = torch.empty(x_ND.shape[1], x_ND.shape[0], dtype=lower_DD.dtype)
-    x_DN.copy_(x_ND.T)
-    sum_D.add_(x_DN.sum(1))
-    for rows, columns in _panels(lower_DD):
-        lower_DD[rows, columns].add_(_onednn_product(x_DN[rows], x_DN[columns]))
-
-
-def _onednn_product(left: Tensor, right: Tensor) -> Tensor:
-    """Left times right transposed. What torch.compile calls too; torch.mm takes MKL's routine."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
-    return product
-
-
 def _panels(lower_DD: Tensor) -> Iterator[tuple[slice, slice]]:
     """Rows and columns of blocks that cover the lower triangle: 9/16 of a wide square."""
     D = lower_DD.shape[0]
@@ -109,10 +97,17 @@ def _panels(lower_DD: Tensor) -> Iterator[tuple[slice, slice]]:
 @cache
 def _multiplies_bfloat16() -> bool:
     found = torch.cpu.get_capabilities()
-    return _has_onednn() and any(found.get(name) for name in _EXACT_IN_BFLOAT16)
+    return any(found.get(name) for name in _EXACT_IN_BFLOAT16)
 
 
 @cache
-def _has_onednn() -> bool:
-    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return bool(available) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+def _multiplies_float32_anyway() -> bool:
+    """Whether float32 products are as good as in full precision where bfloat16 may be taken."""
+    found = torch.cpu.get_capabilities()
+    if not found.get("avx512_f") or found.get("amx_bf16"):
+        return False
+    x_ND = torch.arange(2048 * 256, dtype=torch.float64).sin().reshape(2048, 256).float()
+    with products_of_bfloat16():
+        gram_DD = x_ND.T @ x_ND
+    exact_DD = x_ND.T.double() @ x_ND.double()
+    return bool((gram_DD - exact_DD).norm() < _FLOAT32_ERROR * exact_DD.norm())
