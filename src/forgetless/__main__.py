@@ -13,8 +13,9 @@ TALKATIVE = ("bitsandbytes", "torchao", "torch.utils._pytree")
 
 def main() -> None:
     """Load the command line, which takes a moment, and run it."""
-    # Among several processes torch warns each of a setting of DDP that is right here.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if "RANK" in os.environ:
+        # Among several processes torch warns each of a setting of DDP that is right here.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     for name in TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:

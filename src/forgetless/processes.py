@@ -11,6 +11,7 @@ import heapq
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -127,6 +128,7 @@ class Processes:
         """The end of what is done together: from here on each process is on its own."""
         if self.count == 1:
             return
+        _Parted.since_launch = True
         distributed.barrier()
         distributed.destroy_process_group()
         for state in (AcceleratorState, GradientState):
@@ -134,6 +136,12 @@ class Processes:
         PartialState._reset_state()
         for name in _LAUNCHED:
             os.environ.pop(name, None)
+
+
+class _Parted:
+    """Whether this process has been one of several, and is no longer."""
+
+    since_launch = False
 
 
 ALONE = Processes()
@@ -155,10 +163,20 @@ def connect(device: str = "auto") -> Processes:
 
     Args:
         device: As for `load_model`.
+
+    Raises:
+        ForgetlessError: The processes have parted: each would do all of it, into the same files.
     """
+    if _Parted.since_launch:
+        raise ForgetlessError(
+            "processes: expected one run of a program that a launcher has started several times, "
+            "got another; the processes have parted after the first: start it as a program of its "
+            "own"
+        )
     launched = "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
     if launched and not distributed.is_initialized():
-        signal.signal(signal.SIGTERM, _leave)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _leave)
         on_cpu = device == "cpu" or not torch.cuda.is_available()
         PartialState(cpu=on_cpu, timeout=PATIENCE)
     return connected()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -156,6 +157,26 @@ def test_fsdp2_does_the_run_of_one_process(folder: Folder) -> None:
     checkpoint = folder.path / "fsdp" / "checkpoints" / "checkpoint-30"
     assert (checkpoint / "pytorch_model_fsdp_0").is_dir()
     assert (checkpoint / "adapter_model.safetensors").is_file()
+
+
+def test_fsdp2_trains_with_the_regularisers_that_one_process_has(folder: Folder) -> None:
+    terms = ["training.regularisers=[{name: kl}, {name: drift}, {name: replay}]"]
+    single = folder.run(ONE, "terms", *terms, "training.max_steps=6")
+    done = folder.run([*TORCHRUN, SHARDING], "fsdp-terms", *terms, "training.max_steps=6", **FSDP)
+    assert (single.returncode, done.returncode) == (0, 0), single.stderr + done.stderr
+    assert_same(folder, "fsdp-terms", "terms")
+
+
+def test_a_checkpoint_goes_on_under_the_sharding_that_it_was_made_with(folder: Folder) -> None:
+    done = folder.run([*TORCHRUN, SHARDING], "changed", "training.max_steps=6", **FSDP)
+    assert done.returncode == 0, done.stderr
+    checkpoints = folder.path / "changed" / "checkpoints"
+    for name in ("checkpoint-6", "../record.json"):  # as where it had been stopped after step 3
+        path = checkpoints / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    done = folder.run(ONE, "changed", "training.max_steps=6")
+    assert done.returncode == 2
+    assert "optimiser of a model that nothing shards, got one that FSDP has sharded" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,9 @@ def test_float32_on_a_processor_is_multiplied_in_full_precision(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     if kind == "that rounds":
-        monkeypatch.setattr(gram, "_FLOAT32_ERROR", 1e-12)
+        add_ = gram._add_widened
+        rounding = lambda lower_DD, sum_D, x_ND: add_(lower_DD, sum_D, x_ND.bfloat16())  # noqa: E731
+        monkeypatch.setattr(gram, "_add_widened", rounding)
     assert not gram._multiplies_float32_anyway()
     with Products() as products:
         moment()

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 import forgetless
 from forgetless.adapters.attach import Attached, attach_rows
 from forgetless.calibration.engine import collect_moments
-from forgetless.calibration.memory import plan_calibration
+from forgetless.calibration.memory import moment_bytes, plan_calibration, refuse_beyond_memory
 from forgetless.data.loading import load_rows
 from forgetless.data.spec import parse_data
 from forgetless.data.tokens import TokenRow, make_batches
@@ -23,6 +23,7 @@ from forgetless.linalg.moments import SecondMoment
 from forgetless.methods import make_method
 from forgetless.models.fingerprint import model_fingerprint, rounded_fingerprint
 from forgetless.models.targets import Target, find_targets
+from forgetless.processes import Processes
 from tiny_bases import tiny_base
 
 WORDS = ("sea", "is", "wide", "and", "hills", "green", "while", "small", "boats", "go", "out", "at")
@@ -242,3 +243,14 @@ def test_a_base_that_lies_on_disk_gets_the_same_adapter(
     assert any(bool(p.grad.any()) for p in trained)
     forgetless.export(there.model, tmp_path / "export")
     assert (tmp_path / "export/adapter_model.safetensors").exists()
+
+
+def test_processes_on_one_machine_divide_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_base("llama")
+    targets = find_targets(model).targets
+    order = plan_calibration(model, targets).order
+    needed = moment_bytes(targets, {order.site_of[name] for name in targets}, torch.float32)
+    monkeypatch.setattr("forgetless.calibration.memory.free_memory", lambda _: needed)
+    refuse_beyond_memory(model, targets, order)
+    with pytest.raises(CalibrationError, match="of free memory for the moments"):
+        refuse_beyond_memory(model, targets, order, Processes(on_this_machine=2))

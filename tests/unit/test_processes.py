@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forgetless.errors import DataError
-from forgetless.processes import ALONE, Processes, connected
+from forgetless import processes
+from forgetless.errors import DataError, ForgetlessError
+from forgetless.processes import ALONE, Processes, connect, connected
 
 COSTS = st.dictionaries(st.text(min_size=1, max_size=3), st.floats(0, 1e18), max_size=20)
 
@@ -52,3 +53,9 @@ def test_one_process_alone_asks_nobody() -> None:
     ALONE.part()
     with pytest.raises(DataError, match="here"), ALONE.together():
         raise DataError("here")
+
+
+def test_a_launched_program_does_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes._Parted, "since_launch", True)
+    with pytest.raises(ForgetlessError, match="got another; the processes have parted"):
+        connect()

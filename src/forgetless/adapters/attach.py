@@ -28,10 +28,11 @@ from forgetless.data.loading import load_rows
 from forgetless.data.overlap import refuse_overlap
 from forgetless.data.rows import RowSet
 from forgetless.data.spec import DataInput, SourceWeights, parse_data
-from forgetless.errors import ForgetlessWarning, MethodError
+from forgetless.errors import AdapterError, ForgetlessWarning, MethodError
 from forgetless.methods import MethodInput, make_method
 from forgetless.methods.base import Method, Role
 from forgetless.models.bitsandbytes_cpu import keep_trainable_layout
+from forgetless.models.placement import is_flattened, is_sharded
 from forgetless.models.state import activation
 from forgetless.models.targets import (
     Target,
@@ -201,6 +202,11 @@ def attach_rows(
     the rows and the solves.
     """
     refuse_touched_base(model)
+    if is_flattened(model) or is_sharded(model):
+        raise AdapterError(
+            "attach: expected a model in one piece, got a sharded one; attach first, and shard "
+            "(fully_shard, deepspeed.initialize) afterwards"
+        )
     keep_trainable_layout(model)
     base = base_of(model)
     if isinstance(model, PeftModel) and adapter in model.peft_config:

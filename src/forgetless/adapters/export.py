@@ -33,7 +33,7 @@ from forgetless.adapters.plain_lora import refuse_what_plain_lora_cannot_hold
 from forgetless.data.spec import DataInput
 from forgetless.errors import AdapterError, ForgetlessWarning
 from forgetless.methods import make_method
-from forgetless.models.placement import is_sharded
+from forgetless.models.placement import is_flattened, is_sharded
 from forgetless.models.quantization import quantization_of
 from forgetless.models.targets import base_of
 from forgetless.processes import connected
@@ -115,6 +115,11 @@ def export(
     """
     chosen = export_target(target)
     check_compression(max_rank, moments_data)
+    if is_flattened(model):
+        raise AdapterError(
+            "export: expected a model in one piece, or one that FSDP2 (fully_shard) or ZeRO-3 "
+            "shards, got FSDP's first version; save through it, and export what PEFT reopens"
+        )
     in_parts = is_sharded(model)
     if in_parts:
         _refuse_parts(chosen, moments_data)

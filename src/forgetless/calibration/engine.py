@@ -94,7 +94,7 @@ def collect_moments(
     with processes.together(), base_forward(model) as decoder:
         if order is None:
             order = find_call_order(model, decoder, targets)
-        refuse_beyond_memory(model, targets, order)
+        refuse_beyond_memory(model, targets, order, processes)
         calls = order.of(targets)
         with observe_sites(model, targets, collector.observe, calls) as sites:
             mine: Iterator[Batch | PairBatch] = islice(

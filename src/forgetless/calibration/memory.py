@@ -51,8 +51,8 @@ def plan_calibration(
         targets: Layers whose moments are wanted.
         copies: Moments of a site that are held at once: one for each role of data, and one more
             where sources are summed up.
-        budget: Bytes that moments may take at a time; by default what is free where the model lies,
-            less what a solve takes.
+        budget: Bytes that moments may take at a time, in each process; by default what is free
+            where the model lies, less what a solve takes.
         processes: That collect together, and so in the same groups: the one with least room
             decides. Those on one machine divide its main memory.
 
@@ -92,8 +92,12 @@ def plan_calibration(
 
 def _free(device: torch.device, targets: Mapping[str, Target], processes: Processes) -> int:
     widest = max(target.in_features for target in targets.values())
-    sharing = 1 if device.type == "cuda" else processes.on_this_machine
-    return free_memory(device) // sharing - SOLVE_MATRICES * 8 * widest**2
+    return _share_of_free(device, processes) - SOLVE_MATRICES * 8 * widest**2
+
+
+def _share_of_free(device: torch.device, processes: Processes) -> int:
+    """Bytes, of which the processes on one machine divide its main memory."""
+    return free_memory(device) // (1 if device.type == "cuda" else processes.on_this_machine)
 
 
 def _check_site(
@@ -108,7 +112,12 @@ def _check_site(
         )
 
 
-def refuse_beyond_memory(model: nn.Module, targets: Mapping[str, Target], order: CallOrder) -> None:
+def refuse_beyond_memory(
+    model: nn.Module,
+    targets: Mapping[str, Target],
+    order: CallOrder,
+    processes: Processes = ALONE,
+) -> None:
     """Refuse targets whose moments take more than is free where the model lies.
 
     Raises:
@@ -116,7 +125,7 @@ def refuse_beyond_memory(model: nn.Module, targets: Mapping[str, Target], order:
     """
     base = base_of(model)
     device = input_device(base)
-    free = free_memory(device)
+    free = _share_of_free(device, processes)
     names = sorted({order.site_of[name] for name in targets if name in order.site_of})
     needed = moment_bytes(targets, names, base.dtype)
     if needed > free:

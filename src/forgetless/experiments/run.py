@@ -56,7 +56,7 @@ def run(
     A folder in which `train_only` has trained is taken up where it stands. Of several processes
     that a launcher has started (torchrun, `accelerate launch`), each calls this: they calibrate,
     solve and train together; the first one writes all files and measures, while the others return
-    once training is done.
+    once training is done. Then the process group has ended: a launched program does one run.
 
     Args:
         recipe: What to do. Its `output` folder holds `recipe.yaml`, `checkpoints/`, `adapter/` (a

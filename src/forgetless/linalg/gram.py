@@ -106,8 +106,10 @@ def _multiplies_float32_anyway() -> bool:
     found = torch.cpu.get_capabilities()
     if not found.get("avx512_f") or found.get("amx_bf16"):
         return False
-    x_ND = torch.arange(2048 * 256, dtype=torch.float64).sin().reshape(2048, 256).float()
+    N, D = 2048, 2 * _NARROWEST_PANEL["cpu"]
+    x_ND = torch.arange(N * D, dtype=torch.float64, device="cpu").sin().reshape(N, D).float()
+    lower_DD, sum_D = torch.zeros(D, D, device="cpu"), torch.zeros(D, device="cpu")
     with products_of_bfloat16():
-        gram_DD = x_ND.T @ x_ND
-    exact_DD = x_ND.T.double() @ x_ND.double()
-    return bool((gram_DD - exact_DD).norm() < _FLOAT32_ERROR * exact_DD.norm())
+        _add_widened(lower_DD, sum_D, x_ND)
+    exact_DD = (x_ND.T.double() @ x_ND.double()).tril()
+    return bool((lower_DD.tril() - exact_DD).norm() < _FLOAT32_ERROR * exact_DD.norm())

@@ -65,9 +65,9 @@ def kept(
     if all(processes.each(found is not None)) and found is not None:
         return found
     with made_by_one(path if processes.is_main else None):
-        if processes.count == 1 and not there:
+        if not processes.of_main(there):
             found = take()  # another program may have made it meanwhile
-            if found is not None:
+            if all(processes.each(found is not None)) and found is not None:
                 return found
         made = make()
         if processes.is_main:

@@ -10,13 +10,17 @@ FSDP and DeepSpeed's ZeRO-3 leave each process a part of every weight, once trai
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from typing import Literal
 
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+
+Sharding = Literal["FSDP", "DeepSpeed"]
 
 
 def with_weights(module: nn.Module) -> AbstractContextManager[None]:
@@ -37,6 +41,11 @@ def values_of(module: nn.Module, name: str, held: Tensor) -> Tensor:
 def is_sharded(model: nn.Module) -> bool:
     """Whether this process holds but a part of the weights."""
     return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
+
+
+def is_flattened(model: nn.Module) -> bool:
+    """Whether FSDP's first version has put parts of flat vectors in place of the weights."""
+    return any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
 
 
 def whole(tensor: Tensor) -> Tensor:

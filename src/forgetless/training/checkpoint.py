@@ -25,6 +25,7 @@ from transformers import TrainerState
 
 from forgetless.atomic import write_atomically
 from forgetless.errors import ArtefactError
+from forgetless.models.placement import Sharding
 from forgetless.training.identity import RunIdentity, adapter_tensors
 
 MARKER = "forgetless.json"
@@ -94,6 +95,14 @@ def read_marker(checkpoint: Path) -> Marker | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     return marker if sizes == marker.files else None
+
+
+def sharding_of(marker: Marker) -> Sharding | None:
+    """What had sharded the model: each keeps the optimiser in files of its own."""
+    names = [name.split("/")[0] for name in marker.files]
+    if any(name.startswith("global_step") for name in names):
+        return "DeepSpeed"
+    return "FSDP" if any(name.startswith("pytorch_model_fsdp") for name in names) else None
 
 
 def resume_point(folder: Path, identity: RunIdentity) -> tuple[Path, Marker] | None:

@@ -26,14 +26,14 @@ from forgetless.data.tokens import (
     has_target,
     pad_token_id,
 )
-from forgetless.errors import ForgetlessWarning, TrainingError
+from forgetless.errors import ArtefactError, ForgetlessWarning, TrainingError
 from forgetless.evaluation.likelihood import score_rows
 from forgetless.models.pair import TunedModel, TunedPair
-from forgetless.models.placement import is_sharded
+from forgetless.models.placement import Sharding, is_sharded
 from forgetless.models.state import left_as_found
 from forgetless.processes import Processes, connected
 from forgetless.training.callbacks import CheckGradients, MarkCheckpoints
-from forgetless.training.checkpoint import resume_point, trained_state
+from forgetless.training.checkpoint import Marker, resume_point, sharding_of, trained_state
 from forgetless.training.full import FullSubject
 from forgetless.training.identity import identity_of
 from forgetless.training.loss import IGNORED
@@ -100,6 +100,14 @@ def train(
         data += f"+{fingerprint_token_rows(kept.rows)}"
     described = subject.described(start)
     identity = identity_of(described, device, data=data, options=options, seed=seed)
+    if processes.is_main and processes.count > 1 and len(rows) % options.batch_size:
+        warnings.warn(
+            f"training: {len(rows)} rows are no multiple of training.batch_size "
+            f"{options.batch_size}: among {processes.count} processes the last batch of an epoch "
+            "is filled up with rows from its beginning, where one process trains on a short batch",
+            ForgetlessWarning,
+            stacklevel=2,
+        )
     point = processes.by_main(lambda: resume_point(output, identity))
     resumed_from = () if point is None else point[1].resumed_from
     if point is not None and point[1].step >= options.num_steps(len(rows)):
@@ -134,6 +142,8 @@ def train(
                 callbacks=[*watchers, *callbacks],
             )
             subject.made_ready()
+            if point is not None:
+                _refuse_other_sharding(*point, trainer.sharding)
             if trainer.sharding is not None:
                 for regulariser in options.regularisers:
                     regulariser.check_sharding(trainer.sharding)
@@ -236,6 +246,21 @@ def _dataset(rows: Sequence[TokenRow]) -> Dataset:
             ],
         }
     )
+
+
+def _refuse_other_sharding(checkpoint: Path, marker: Marker, sharding: Sharding | None) -> None:
+    """Refuse to go on from an optimiser's state that would not be found.
+
+    Raises:
+        ArtefactError: Names both ways.
+    """
+    before = sharding_of(marker)
+    if before != sharding:
+        raise ArtefactError(
+            f"{checkpoint}: expected the optimiser of a model that {sharding or 'nothing'} shards, "
+            f"got one that {before or 'nothing'} has sharded; go on with the launcher's settings "
+            "of before, or give another output folder"
+        )
 
 
 def _prepare_to_shard(trainer: SubjectTrainer, subject: Subject, resumed: Path | None) -> None:

@@ -13,9 +13,11 @@ from transformers import PrinterCallback, ProgressCallback
 from trl import SFTTrainer
 
 from forgetless.errors import ArtefactError, TrainingError
+from forgetless.models.placement import Sharding
+from forgetless.processes import lost_another
 from forgetless.training.checkpoint import write_started
 from forgetless.training.loss import completion_loss, count_predicted
-from forgetless.training.regularisers.base import Sharding, Term
+from forgetless.training.regularisers.base import Term
 from forgetless.training.subject import Subject
 from forgetless.training.terms import TermsAtWork
 
@@ -155,11 +157,14 @@ class SubjectTrainer(SFTTrainer):
             super()._save_checkpoint(model, trial)
         # torch.save reports a full disk as RuntimeError, safetensors as its own error.
         except (OSError, RuntimeError, SafetensorError) as error:
+            if isinstance(error, RuntimeError) and lost_another(error):
+                raise
             raise ArtefactError(
                 f"{self.args.output_dir}: the checkpoint of step {self.state.global_step} could "
                 f"not be written ({error}); free some space and run the same command again: it "
                 "resumes from the last complete checkpoint"
             ) from error
+        self.accelerator.wait_for_everyone()  # each has written a part: now it may be marked
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None

@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -20,8 +20,7 @@ from forgetless.data.tokens import TokenRow
 from forgetless.errors import TrainingError
 from forgetless.methods.base import Held
 from forgetless.models.pair import TunedModel
-
-Sharding = Literal["FSDP", "DeepSpeed"]
+from forgetless.models.placement import Sharding
 
 
 @dataclass(frozen=True, slots=True)

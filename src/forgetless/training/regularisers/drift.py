@@ -26,8 +26,9 @@ from forgetless.adapters.forms import adapted_layers, form_of, live_factors
 from forgetless.linalg.moments import output_energy
 from forgetless.linalg.precision import full_precision
 from forgetless.models.pair import TunedPair, reference_of
+from forgetless.models.placement import Sharding
 from forgetless.models.targets import Target, find_targets
-from forgetless.training.regularisers.base import Binding, MicroBatch, Regulariser, Sharding, Term
+from forgetless.training.regularisers.base import Binding, MicroBatch, Regulariser, Term
 
 
 @dataclass(frozen=True, kw_only=True)

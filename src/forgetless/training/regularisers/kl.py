@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from forgetless.data.tokens import TokenRow, has_target, make_batches, pad_token_id
 from forgetless.evaluation.likelihood import kl_divergence
 from forgetless.evaluation.selection import chunk_size, model_inputs, output_head
-from forgetless.models.placement import input_device
+from forgetless.models.placement import Sharding, input_device
 from forgetless.models.state import left_as_found
 from forgetless.models.targets import base_of
 from forgetless.training.loss import chosen_logits
-from forgetless.training.regularisers.base import Binding, MicroBatch, Regulariser, Sharding, Term
+from forgetless.training.regularisers.base import Binding, MicroBatch, Regulariser, Term
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from forgetless.data.tokens import TokenRow, has_target
-from forgetless.training.regularisers.base import Binding, PreserveData, Regulariser, Sharding, Term
+from forgetless.models.placement import Sharding
+from forgetless.training.regularisers.base import Binding, PreserveData, Regulariser, Term
 
 
 @dataclass(frozen=True, kw_only=True)
