@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import PrinterCallback, ProgressCallback
 from trl import SFTTrainer
 
@@ -155,10 +156,12 @@ class SubjectTrainer(SFTTrainer):
             if self.is_world_process_zero():
                 write_started(Path(self.args.output_dir), self.state.global_step)
             super()._save_checkpoint(model, trial)
-        # torch.save reports a full disk as RuntimeError, safetensors as its own error.
-        except (OSError, RuntimeError, SafetensorError) as error:
+        # torch.save reports a full disk as RuntimeError, safetensors and sharded saves as others.
+        except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
             if isinstance(error, RuntimeError) and lost_another(error):
                 raise
+            if lost_another(lost := RuntimeError(str(error))):
+                raise lost from error
             raise ArtefactError(
                 f"{self.args.output_dir}: the checkpoint of step {self.state.global_step} could "
                 f"not be written ({error}); free some space and run the same command again: it "
