@@ -159,7 +159,7 @@ def connect(device: str = "auto") -> Processes:
     """Those of the launcher that started this process, torchrun or `accelerate launch`, if any.
 
     From then on SIGTERM, with which a launcher ends the others where one has died, lets a process
-    take back the file that it is in the middle of.
+    take back the file that it is in the middle of, unless the program handles SIGTERM itself.
 
     Args:
         device: As for `load_model`.
@@ -174,9 +174,9 @@ def connect(device: str = "auto") -> Processes:
             "own"
         )
     launched = "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+    if launched:
+        _leave_in_order_on_sigterm()
     if launched and not distributed.is_initialized():
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, _leave)
         on_cpu = device == "cpu" or not torch.cuda.is_available()
         PartialState(cpu=on_cpu, timeout=PATIENCE)
     return connected()
@@ -199,6 +199,12 @@ def lost_another(error: RuntimeError) -> bool:
     return isinstance(error, distributed.DistError) or any(
         sign in text for sign in ("Connection closed by peer", "Connection reset", "gloo")
     )
+
+
+def _leave_in_order_on_sigterm() -> None:
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _leave)
 
 
 def _leave(*_: object) -> NoReturn:

@@ -228,9 +228,11 @@ def test_a_process_that_dies_ends_the_run_and_the_same_command_resumes(
         try:
             marker = folder.path / output / "checkpoints" / "checkpoint-9" / "forgetless.json"
             wait_for(marker.exists, process)
+            killed = []
             for child in psutil.Process(process.pid).children(recursive=True):
                 if child.environ().get("RANK") == str(victim):
                     child.kill()
+                    killed.append(f".{child.pid}.tmp")
             assert process.wait(60) != 0
         finally:
             process.kill()
@@ -238,7 +240,8 @@ def test_a_process_that_dies_ends_the_run_and_the_same_command_resumes(
     assert "another of the 2 processes has ended" in text or "stopped by the launcher" in text
     assert "SIGKILL" in text  # the launcher's own report names who died
     left = [path for path in (folder.path / output).rglob("*") if path.suffix in (".tmp", ".part")]
-    assert not left
+    # Nobody takes back what the killed one wrote just then; that is not under a file's own name.
+    assert not [path for path in left if not path.name.endswith(tuple(killed))]
     assert not (folder.path / output / "record.json").exists()
     done = folder.run(launch, output, **env)
     assert done.returncode == 0, done.stderr

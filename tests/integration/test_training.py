@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import errno
 import logging
+import traceback
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import TrainerCallback
 
 from forgetless.adapters.forms import adapted_layers
@@ -342,14 +344,22 @@ def test_a_run_that_moves_nothing_says_so(make_tiny_model, tiny_tokenizer, tmp_p
             )
 
 
+NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [NO_SPACE, CheckpointException("write", {1: (NO_SPACE, traceback.StackSummary())})],
+    ids=["whole", "in parts"],
+)
 def test_a_full_disk_while_saving_is_one_clear_line(
-    tiny_model, tiny_tokenizer, tmp_path, monkeypatch
+    raised, tiny_model, tiny_tokenizer, tmp_path, monkeypatch
 ):
     saved = torch.save
 
     def full_disk(*arguments: object, **keywords: object) -> None:
         if latest_checkpoint(tmp_path) is not None:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise raised
         saved(*arguments, **keywords)
 
     monkeypatch.setattr(torch, "save", full_disk)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given
@@ -59,3 +62,35 @@ def test_a_launched_program_does_one_run(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(processes._Parted, "since_launch", True)
     with pytest.raises(ForgetlessError, match="got another; the processes have parted"):
         connect()
+
+
+@pytest.fixture
+def connected_by_a_script(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A launched program that has called `init_process_group` before it came to us."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(processes.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(processes, "connected", lambda: Processes(1, 2))
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("connected_by_a_script")
+def test_the_launchers_signal_ends_in_order_whoever_has_connected_the_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    connect()
+    monkeypatch.setattr(processes, "is_first_to_say", lambda _: True)
+    with pytest.raises(SystemExit, match="stopped by the launcher"):
+        signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.usefixtures("connected_by_a_script")
+def test_a_script_that_handles_the_launchers_signal_goes_on_to_do_so() -> None:
+    heard: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    connect()
+    signal.raise_signal(signal.SIGTERM)
+    assert heard == [signal.SIGTERM]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,19 @@ from forgetless.training.terms import TermsAtWork
 
 # Elements of the logits of one forward pass, 1 GiB in float32; TRL computes larger ones in tiles.
 LARGEST_LOGITS = 2**28
+
+
+@contextmanager
+def _cause_of_a_failed_part() -> Iterator[None]:
+    """A block that writes or reads a checkpoint in parts, and raises what failed in a process.
+
+    torch.distributed.checkpoint wraps that, a process's exit included, in what is no `Exception`.
+    """
+    try:
+        yield
+    except CheckpointException as error:
+        cause, _ = error.failures[min(error.failures)]
+        raise cause from error
 
 
 class SubjectTrainer(SFTTrainer):
@@ -155,19 +169,21 @@ class SubjectTrainer(SFTTrainer):
         try:
             if self.is_world_process_zero():
                 write_started(Path(self.args.output_dir), self.state.global_step)
-            super()._save_checkpoint(model, trial)
-        # torch.save reports a full disk as RuntimeError, safetensors and sharded saves as others.
-        except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
+            with _cause_of_a_failed_part():
+                super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch.save tells a full disk so
             if isinstance(error, RuntimeError) and lost_another(error):
                 raise
-            if lost_another(lost := RuntimeError(str(error))):
-                raise lost from error
             raise ArtefactError(
                 f"{self.args.output_dir}: the checkpoint of step {self.state.global_step} could "
                 f"not be written ({error}); free some space and run the same command again: it "
                 "resumes from the last complete checkpoint"
             ) from error
         self.accelerator.wait_for_everyone()  # each has written a part: now it may be marked
+
+    @_cause_of_a_failed_part()
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
