@@ -23,12 +23,11 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor, distributed
 
 from forgetless.errors import ElsewhereError, ForgetlessError
+from forgetless.launcher import VARIABLES, num_launched
 
 # How long a process waits for the others, which may download, sample, or read a large model. One
 # that has ended is noticed at once.
 PATIENCE = timedelta(hours=6)
-# What the launchers set, and libraries look at.
-_LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK")
 
 _T = TypeVar("_T")
 
@@ -134,7 +133,7 @@ class Processes:
         for state in (AcceleratorState, GradientState):
             state._reset_state()
         PartialState._reset_state()
-        for name in _LAUNCHED:
+        for name in VARIABLES:
             os.environ.pop(name, None)
 
 
@@ -173,12 +172,11 @@ def connect(device: str = "auto") -> Processes:
             "got another; the processes have parted after the first: start it as a program of its "
             "own"
         )
-    launched = "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
-    if launched:
+    if num_launched() > 1:
         _leave_in_order_on_sigterm()
-    if launched and not distributed.is_initialized():
-        on_cpu = device == "cpu" or not torch.cuda.is_available()
-        PartialState(cpu=on_cpu, timeout=PATIENCE)
+        if not distributed.is_initialized():
+            on_cpu = device == "cpu" or not torch.cuda.is_available()
+            PartialState(cpu=on_cpu, timeout=PATIENCE)
     return connected()
 
 

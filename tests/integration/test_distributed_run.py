@@ -131,7 +131,11 @@ def test_two_processes_do_the_run_of_one(folder: Folder) -> None:
     [
         (
             "both",
-            ["training.gradient_accumulation=2", "method={name: sc-lora, rank: 4, trains: both}"],
+            [
+                "training.batch_size=8",  # of 36 rows: the second process has none of the last four
+                "training.gradient_accumulation=2",
+                "method={name: sc-lora, rank: 4, trains: both}",
+            ],
         ),
         ("kl", ["training.regularisers=[{name: kl}]"]),
         ("full", ["method={name: full}"]),
@@ -145,6 +149,7 @@ def test_two_processes_do_what_one_does(folder: Folder, name: str, overrides: li
     one, two = folder.record(single), folder.record(double)
     for point, other in zip(one["training"]["curve"], two["training"]["curve"], strict=True):
         assert other["loss"] == pytest.approx(point["loss"], abs=1e-4)
+    assert two["training"]["tokens"] == one["training"]["tokens"]
     if name != "full":
         assert_same(folder, double, single)
 
@@ -160,9 +165,11 @@ def test_fsdp2_does_the_run_of_one_process(folder: Folder) -> None:
 
 
 def test_fsdp2_trains_with_the_regularisers_that_one_process_has(folder: Folder) -> None:
-    terms = ["training.regularisers=[{name: kl}, {name: drift}, {name: replay}]"]
-    single = folder.run(ONE, "terms", *terms, "training.max_steps=6")
-    done = folder.run([*TORCHRUN, SHARDING], "fsdp-terms", *terms, "training.max_steps=6", **FSDP)
+    terms = "training.regularisers=[{name: kl}, {name: drift}, {name: replay}]"
+    # With those replayed, 40 rows: the second process has none of the last eight.
+    changes = [terms, "training.batch_size=16", "training.max_steps=6"]
+    single = folder.run(ONE, "terms", *changes)
+    done = folder.run([*TORCHRUN, SHARDING], "fsdp-terms", *changes, **FSDP)
     assert (single.returncode, done.returncode) == (0, 0), single.stderr + done.stderr
     assert_same(folder, "fsdp-terms", "terms")
 

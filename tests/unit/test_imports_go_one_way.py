@@ -27,7 +27,8 @@ ALLOWED: dict[str, set[str]] = {
     "atomic": set(),
     "escaping": set(),
     "named": set(),
-    "processes": set(),
+    "launcher": set(),
+    "processes": {"launcher"},
     "linalg": set(),
     "methods": {"linalg"},
     "models": {"processes"},
@@ -51,7 +52,7 @@ ALLOWED: dict[str, set[str]] = {
     "recipe_yaml": {"data.validation"},
     "experiments": LIBRARY | {"recipe", "recipe_yaml", "processes"},
     "console": {"experiments"},
-    "cli": LIBRARY | {"recipe", "experiments", "console", "processes", "__init__"},
+    "cli": LIBRARY | {"recipe", "experiments", "console", "launcher", "processes", "__init__"},
     "__main__": {"cli"},
     "__init__": LIBRARY | {"recipe", "experiments"},
 }

@@ -8,19 +8,14 @@ from __future__ import annotations
 import os
 
 from forgetless.errors import ForgetlessError
+from forgetless.launcher import num_launched
 
 TOGETHER = ("calibrate", "train", "run")
 
 
-def launched() -> int:
-    """How many processes a launcher has started; 1 without one."""
-    count = os.environ.get("WORLD_SIZE", "")
-    return int(count) if count.isdecimal() and "RANK" in os.environ else 1
-
-
 def is_first() -> bool:
     """Whether this is the process that tells of results."""
-    return launched() == 1 or os.environ.get("RANK") == "0"
+    return num_launched() == 1 or os.environ.get("RANK") == "0"
 
 
 def refuse_several(verb: str | None) -> None:
@@ -29,16 +24,16 @@ def refuse_several(verb: str | None) -> None:
     Raises:
         ForgetlessError: Names those that they do together.
     """
-    if launched() > 1 and verb not in TOGETHER:
+    if num_launched() > 1 and verb not in TOGETHER:
         raise ForgetlessError(
-            f"{verb or 'forgetless'}: expected one process, got {launched()}; start it without "
+            f"{verb or 'forgetless'}: expected one process, got {num_launched()}; start it without "
             f"torchrun or accelerate launch, which are for {', '.join(TOGETHER)}"
         )
 
 
 def says(line: str) -> bool:
     """Whether this process tells the user of an error: the first one that has it."""
-    if not line or launched() == 1:
+    if not line or num_launched() == 1:
         return bool(line)
     from forgetless.processes import is_first_to_say
 
@@ -47,14 +42,14 @@ def says(line: str) -> bool:
 
 def of_a_lost_process(error: RuntimeError) -> str | None:
     """What to tell of an error that comes of another process's end; None for another error."""
-    if launched() == 1:
+    if num_launched() == 1:
         return None
     from forgetless.processes import lost_another
 
     if not lost_another(error):
         return None
     return (
-        f"another of the {launched()} processes has ended, and so does the run; look for its "
+        f"another of the {num_launched()} processes has ended, and so does the run; look for its "
         "message, or for the signal that the launcher names (9: often out of memory). What is "
         "finished is kept: the same command resumes"
     )

@@ -39,9 +39,10 @@ from forgetless.models.load import LoadedModel
 from forgetless.models.placement import is_sharded
 from forgetless.processes import ALONE, Processes, connect
 from forgetless.recipe import Recipe
+from forgetless.training.batches import share_of_batch
 from forgetless.training.callbacks import ReportSteps
 from forgetless.training.quiet import libraries_quiet
-from forgetless.training.sft import mixed_rows, refuse_data_parallel, share_of_batch, train
+from forgetless.training.sft import mixed_rows, refuse_data_parallel, train
 
 
 def run(

@@ -31,7 +31,8 @@ from forgetless.evaluation.likelihood import score_rows
 from forgetless.models.pair import TunedModel, TunedPair
 from forgetless.models.placement import Sharding, is_sharded
 from forgetless.models.state import left_as_found
-from forgetless.processes import Processes, connected
+from forgetless.processes import connected
+from forgetless.training.batches import blank_rows, share_of_batch
 from forgetless.training.callbacks import CheckGradients, MarkCheckpoints
 from forgetless.training.checkpoint import Marker, resume_point, sharding_of, trained_state
 from forgetless.training.full import FullSubject
@@ -100,14 +101,6 @@ def train(
         data += f"+{fingerprint_token_rows(kept.rows)}"
     described = subject.described(start)
     identity = identity_of(described, device, data=data, options=options, seed=seed)
-    if processes.is_main and processes.count > 1 and len(rows) % options.batch_size:
-        warnings.warn(
-            f"training: {len(rows)} rows are no multiple of training.batch_size "
-            f"{options.batch_size}: among {processes.count} processes the last batch of an epoch "
-            "is filled up with rows from its beginning, where one process trains on a short batch",
-            ForgetlessWarning,
-            stacklevel=2,
-        )
     point = processes.by_main(lambda: resume_point(output, identity))
     resumed_from = () if point is None else point[1].resumed_from
     if point is not None and point[1].step >= options.num_steps(len(rows)):
@@ -124,8 +117,10 @@ def train(
         ]
         binding = Binding(model, subject.adapter, kept, tokenizer, seed)
         with training_undone(subject.model), libraries_quiet():
+            blank = blank_rows(len(rows), options.batch_size, processes, pad_token_id(tokenizer))
             trainer = SubjectTrainer(
                 subject,
+                num_blank_rows=len(blank),
                 lora_plus_ratio=options.lora_plus_ratio,
                 terms={one.name: one.bind(binding) for one in options.regularisers},
                 args=_arguments(
@@ -136,7 +131,7 @@ def train(
                     num_rows=len(rows),
                     batch_size=share_of_batch(options.batch_size, processes),
                 ),
-                train_dataset=_dataset(rows),
+                train_dataset=_dataset([*rows, *blank]),
                 data_collator=DataCollatorForLanguageModeling(pad_token_id(tokenizer)),
                 processing_class=tokenizer,
                 callbacks=[*watchers, *callbacks],
@@ -294,21 +289,6 @@ def _launcher_heard() -> Iterator[None]:
         if "DeepSpeed config" not in str(error):
             raise
         raise TrainingError(f"training: {' '.join(str(error).split())}") from error
-
-
-def share_of_batch(batch_size: int, processes: Processes) -> int:
-    """Rows of a batch that each process takes: the batch is the same however many there are.
-
-    Raises:
-        TrainingError: It cannot be divided.
-    """
-    if batch_size % processes.count:
-        raise TrainingError(
-            f"training.batch_size: expected a multiple of {processes.count}, the number of "
-            f"processes, which divide a batch among them, got {batch_size}; set it to "
-            f"{-(-batch_size // processes.count) * processes.count}"
-        )
-    return batch_size // processes.count
 
 
 def _arguments(

@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.utils.data import Sampler
 from transformers import PrinterCallback, ProgressCallback
 from trl import SFTTrainer
 
 from forgetless.errors import ArtefactError, TrainingError
 from forgetless.models.placement import Sharding
 from forgetless.processes import lost_another
+from forgetless.training.batches import BlankLast
 from forgetless.training.checkpoint import write_started
-from forgetless.training.loss import completion_loss, count_predicted
+from forgetless.training.loss import IGNORED, completion_loss, count_predicted
 from forgetless.training.regularisers.base import Term
 from forgetless.training.subject import Subject
 from forgetless.training.terms import TermsAtWork
@@ -49,12 +52,17 @@ class SubjectTrainer(SFTTrainer):
         *,
         terms: Mapping[str, Term] | None = None,
         lora_plus_ratio: float | None = None,
+        num_blank_rows: int = 0,
         **arguments: Any,
     ) -> None:
-        """Take what trains, regularisers bound to it, and SFTTrainer's own arguments."""
+        """Take what trains, regularisers bound to it, and SFTTrainer's own arguments.
+
+        The last `num_blank_rows` of the dataset fill up the last batch of each epoch.
+        """
         super().__init__(model=subject.model, **arguments)
         self._subject = subject
         self._lora_plus_ratio = lora_plus_ratio
+        self._num_blank_rows = num_blank_rows
         self._terms = TermsAtWork(terms or {})
         self.add_callback(self._terms)
         self.remove_callback(PrinterCallback)
@@ -66,6 +74,17 @@ class SubjectTrainer(SFTTrainer):
         if self.is_fsdp_enabled:
             return "FSDP"
         return "DeepSpeed" if self.is_deepspeed_enabled else None
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
+        if not self._num_blank_rows:
+            return super()._get_train_sampler(train_dataset)
+        return BlankLast(len(self.train_dataset) - self._num_blank_rows, self._num_blank_rows)
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """The trainer's count, without blank rows."""
+        learned_B1 = (inputs["labels"] != IGNORED).any(-1, keepdim=True)
+        mask_BT = inputs["attention_mask"] * learned_B1
+        super()._track_num_input_tokens({**inputs, "attention_mask": mask_BT})
 
     def training_step(self, model: nn.Module, *arguments: Any, **options: Any) -> Tensor:
         """One forward and backward pass.
