@@ -60,7 +60,7 @@ def krylov_basis(
     next_DK, before = _random(D, block, like_DD), None
     for start in range(0, limit, block):
         stop = start + block
-        space_DM[:, start:stop] = _orthonormal(next_DK, space_DM[:, :start])
+        space_DM[:, start:stop] = orthonormal_outside(next_DK, space_DM[:, :start])
         next_DK = apply(space_DM[:, start:stop])
         ritz_MM[:stop, start:stop] = space_DM[:, :stop].T @ next_DK
         ritz_MM[start:stop, :stop] = ritz_MM[:stop, start:stop].T.clone()
@@ -86,8 +86,17 @@ def _for_eigenvalues(matrix_MM: Tensor) -> Tensor:
     return matrix_MM.double() if matrix_MM.is_cuda else matrix_MM
 
 
-def _orthonormal(block_DK: Tensor, space_DM: Tensor) -> Tensor:
-    """Orthonormal columns, orthogonal to the space; random ones for those that lie inside of it."""
+def orthonormal_outside(block_DK: Tensor, space_DM: Tensor) -> Tensor:
+    """A block's directions that a space does not hold, as many as it has columns.
+
+    Args:
+        block_DK: Columns of any length.
+        space_DM: Orthonormal columns, of the same dtype.
+
+    Returns:
+        Orthonormal columns (D, K), orthogonal to the space: random ones in place of those that lie
+        inside of it, to rounding.
+    """
     block_DK, _ = _outside(block_DK, space_DM)
     block_DK, left_K = _outside(block_DK, space_DM)
     lost_K = left_K < 0.5  # of unit length: what is left of these is rounding

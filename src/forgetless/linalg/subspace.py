@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from forgetless.linalg.krylov import is_small, krylov_basis
+from forgetless.linalg.krylov import TOLERANCE, is_small, krylov_basis, orthonormal_outside
 from forgetless.linalg.precision import full_precision, solving_dtype
 from forgetless.linalg.thin_qr import thin_qr
 
@@ -25,6 +25,7 @@ _SMALL_REWARD = 1e-2
 
 # Energy of a direction, over the rounding of a factor, from which on the factor tells it apart.
 _CLEAR = 100
+_TOLD = 0.1  # the same from which on a step of refinement tells whether it did
 
 
 def check_rank(rank: int, width: int) -> None:
@@ -91,7 +92,8 @@ def top_basis(moment_DD: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         if near_DM is None:
             values, vectors = torch.linalg.eigh(moment_DD.to(solving_dtype(moment_DD)))
         else:
-            values, vectors = _ritz(moment_DD, near_DM)
+            found = _ritz(moment_DD, near_DM)
+            values, vectors = found.values_M, found.vectors_DM
     basis_DR = vectors[:, -rank:].flip(1).to(moment_DD).contiguous()
     return basis_DR, values[-rank:].flip(0).to(moment_DD)
 
@@ -113,8 +115,8 @@ def _partial_null(moment_DD: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
     """Energies, ascending, and a basis of at least R directions; None where it does not converge.
 
     The inverse is that of M plus a shift of the size of its factor's rounding. Where directions
-    carry hardly more than that, the rounding of the factor would pick others in their place: then
-    it is taken in float64.
+    carry hardly more than that, the rounding may pick others in their place: a step of refinement
+    tells, and where it finds much less energy the factor is taken in float64.
     """
     trace = float(moment_DD.diagonal().sum())
     if not trace > 0:
@@ -129,10 +131,29 @@ def _partial_null(moment_DD: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
         near_DM = krylov_basis(partial(_solve_with, lower_DD), lower_DD, rank, _energy_of_inverses)
         if near_DM is None:
             return None
-        values, vectors = _ritz(moment_DD, near_DM)
-        if dtype == torch.float64 or float(values[:rank].mean()) > _CLEAR * shift * trace:
-            return values, vectors
+        found = _ritz(moment_DD, near_DM)
+        energy, rounding = float(found.values_M[:rank].sum()), rank * shift * trace
+        if dtype == torch.float64 or energy > _CLEAR * rounding:
+            return found.values_M, found.vectors_DM
+        if energy > _TOLD * rounding:
+            found = _refined(moment_DD, lower_DD, found, rank)
+            less = float(found.values_M[:rank].sum())
+            if energy - less <= TOLERANCE * less:
+                return found.values_M, found.vectors_DM
     return None
+
+
+def _refined(moment_DD: Tensor, lower_DD: Tensor, found: _Ritz, rank: int) -> _Ritz:
+    """The weakest directions after a block step of preconditioned descent, in float64.
+
+    Residuals in float64 go through the factor of M, which need not be exact for that.
+    """
+    values_R, vectors_DR = found.values_M[:rank], found.vectors_DM[:, :rank]
+    residuals_DR = found.images_DM[:, :rank] - vectors_DR * values_R
+    residuals_DR = torch.nn.functional.normalize(residuals_DR, dim=0, eps=0)
+    steps_DR = _solve_with(lower_DD, residuals_DR.nan_to_num().to(lower_DD)).double()
+    kept_DM = found.vectors_DM[:, : 2 * rank]
+    return _ritz(moment_DD, torch.cat([kept_DM, orthonormal_outside(steps_DR, kept_DM)], dim=1))
 
 
 def _solve_with(lower_DD: Tensor, x_DK: Tensor) -> Tensor:
@@ -143,8 +164,17 @@ def _energy_of_inverses(values_R: Tensor) -> Tensor:
     return (1 / values_R).sum()
 
 
-def _ritz(moment_DD: Tensor, near_DM: Tensor) -> tuple[Tensor, Tensor]:
-    """Ritz values of M in span(Q), ascending, and vectors, in float64.
+@dataclass(frozen=True, slots=True)
+class _Ritz:
+    """Ritz values of M in a space, ascending, vectors V, and M V; float64."""
+
+    values_M: Tensor
+    vectors_DM: Tensor
+    images_DM: Tensor
+
+
+def _ritz(moment_DD: Tensor, near_DM: Tensor) -> _Ritz:
+    """In the span of columns that are nearly orthonormal.
 
     M is widened a block of rows at a time, never as a whole.
     """
@@ -152,9 +182,10 @@ def _ritz(moment_DD: Tensor, near_DM: Tensor) -> tuple[Tensor, Tensor]:
     upper_MM = torch.linalg.cholesky(near_DM.T @ near_DM, upper=True)  # the identity, nearly
     near_DM = torch.linalg.solve_triangular(upper_MM, near_DM, upper=True, left=False)
     rows = [part_ND.double() @ near_DM for part_ND in torch.split(moment_DD, _ROWS)]
-    inner_MM = near_DM.T @ torch.cat(rows)
-    values, vectors = torch.linalg.eigh((inner_MM + inner_MM.T) / 2)
-    return values, near_DM @ vectors
+    images_DM = torch.cat(rows)
+    inner_MM = near_DM.T @ images_DM
+    values_M, vectors_MM = torch.linalg.eigh((inner_MM + inner_MM.T) / 2)
+    return _Ritz(values_M, near_DM @ vectors_MM, images_DM @ vectors_MM)
 
 
 def leading_basis(moment_DD: Tensor, energy: float) -> Tensor:
