@@ -158,7 +158,8 @@ def connect(device: str = "auto") -> Processes:
     """Those of the launcher that started this process, torchrun or `accelerate launch`, if any.
 
     From then on SIGTERM, with which a launcher ends the others where one has died, lets a process
-    take back the file that it is in the middle of, unless the program handles SIGTERM itself.
+    take back the file that it is in the middle of, unless the program handles SIGTERM itself. One
+    that waits for another process ends once that has answered, or has ended too.
 
     Args:
         device: As for `load_model`.

@@ -166,6 +166,20 @@ def test_more_equal_eigenvalues_than_directions_are_asked_for(null: bool) -> Non
     assert np.trace(basis.T @ moment.double().numpy() @ basis) == pytest.approx(best, rel=0.01)
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.floats(-9, -3), st.sampled_from([(8, 384), (16, 240)]), SEEDS)
+def test_weak_directions_are_told_apart_beside_the_rounding_of_a_factor(
+    power: float, size: tuple[int, int], seed: int
+) -> None:
+    """The weakest hold as little as a float32 factor can tell, less, or more."""
+    rank, width = size
+    weak = 10.0**power * np.linspace(1, 20, 4 * rank)
+    moment = moment_with(np.concatenate([weak, np.linspace(0.01, 1, width - len(weak))]), seed, 1.0)
+    wide, basis = moment.double().numpy(), null_basis(moment, rank)[0].double().numpy()
+    best = np.linalg.eigvalsh(wide)[:rank].sum()
+    assert np.trace(basis.T @ wide @ basis) <= best + 0.01 * abs(best) + EPS**2 * width
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
 def test_the_rounding_of_a_moment_is_its_norm_in_units_of_the_last_place(scale: float) -> None:
     moment = moment_with(np.logspace(-3, 0, 13), 3, scale)

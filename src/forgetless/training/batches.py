@@ -2,7 +2,9 @@
 
 accelerate deals rows out batch by batch and, so that all processes take as many steps, fills the
 last batch up with rows from the epoch's beginning, which one process would not train on. Blank
-rows, of which nothing is learned, fill it up here.
+rows, of which nothing is learned, fill it up here. A mixture of experts still counts them, a token
+each, among those that it balances where they share a batch with others, and so does TRL's figure
+`num_tokens`.
 """
 
 from __future__ import annotations
@@ -55,5 +57,5 @@ class BlankLast(Sampler[int]):
         return self._blank.stop
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate: each epoch has an order of its own."""
+        """Each epoch has an order of its own; a run that goes on within one is told which."""
         self._shuffled.set_epoch(epoch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,13 @@ from datasets import Dataset
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import PrinterCallback, ProgressCallback
 from trl import SFTTrainer
 
-from forgetless.errors import ArtefactError, TrainingError
+from forgetless.errors import ArtefactError, ElsewhereError, TrainingError
 from forgetless.models.placement import Sharding
-from forgetless.processes import lost_another
+from forgetless.processes import connected, lost_another
 from forgetless.training.batches import BlankLast
 from forgetless.training.checkpoint import write_started
 from forgetless.training.loss import IGNORED, completion_loss, count_predicted
@@ -32,14 +32,20 @@ LARGEST_LOGITS = 2**28
 
 @contextmanager
 def _cause_of_a_failed_part() -> Iterator[None]:
-    """A block that writes or reads a checkpoint in parts, and raises what failed in a process.
+    """A block that writes or reads a checkpoint in parts, and raises what failed in this process.
 
     torch.distributed.checkpoint wraps that, a process's exit included, in what is no `Exception`.
+
+    Raises:
+        ElsewhereError: Another process was stopped.
     """
     try:
         yield
     except CheckpointException as error:
-        cause, _ = error.failures[min(error.failures)]
+        here, first = connected().rank, min(error.failures)
+        cause, _ = error.failures.get(here, error.failures[first])
+        if here not in error.failures and not isinstance(cause, Exception):
+            raise ElsewhereError(f"process {first} was stopped while it saved or loaded") from error
         raise cause from error
 
 
@@ -79,6 +85,13 @@ class SubjectTrainer(SFTTrainer):
         if not self._num_blank_rows:
             return super()._get_train_sampler(train_dataset)
         return BlankLast(len(self.train_dataset) - self._num_blank_rows, self._num_blank_rows)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The trainer's own; accelerate makes each epoch's order known to its own samplers only."""
+        loader = super().get_train_dataloader()
+        if self._num_blank_rows:
+            loader.set_sampler(loader.batch_sampler.batch_sampler.sampler)
+        return loader
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         """The trainer's count, without blank rows."""
@@ -139,9 +152,20 @@ class SubjectTrainer(SFTTrainer):
             or self.accelerator.num_processes > 1  # the loss is scaled for the mean over processes
             or not 0 < elements <= LARGEST_LOGITS
         ):
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            with nullcontext() if count else self._routing_unlearned():
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         num_tokens = count if num_items_in_batch is None else num_items_in_batch
         return completion_loss(model, base.get_output_embeddings(), inputs, num_tokens)
+
+    @contextmanager
+    def _routing_unlearned(self) -> Iterator[None]:
+        """Inside the block a mixture of experts learns nothing of where blank rows are sent."""
+        coefficient: float = self.router_aux_loss_coef
+        self.router_aux_loss_coef = 0.0
+        try:
+            yield
+        finally:
+            self.router_aux_loss_coef = coefficient
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The trainer's own; with LoRA+ every B is in a group of its own rate."""
