@@ -2,10 +2,10 @@
 
     python benchmarks/bench_solve.py
 
-Rank 32. Our solves are timed before, between and after the baselines, of which each takes minutes,
-and their medians count. The baselines do what published code does: a full SVD of each layer's moment and one of
-the weight projected on the null space (LoRA-Null), or of each layer's output contrast (SC-LoRA).
-The goals are a tenth of the baseline, and a fifth of PEFT's decomposition for CorDA.
+Rank 32. Our solves are timed before, between and after the baselines, which take minutes, and
+their medians count. The baselines do what published code does: a full SVD of each layer's moment
+and one of the weight projected on the null space (LoRA-Null), or of each layer's output contrast
+(SC-LoRA). The goals are a tenth of the baseline, and a fifth of PEFT's decomposition for CorDA.
 """
 
 from __future__ import annotations

@@ -52,6 +52,8 @@ def _cause_of_a_failed_part() -> Iterator[None]:
 class SubjectTrainer(SFTTrainer):
     """SFTTrainer that saves its subject alone, restores and decays all of it, prints nothing."""
 
+    router_aux_loss_coef: float  # TRL sets it
+
     def __init__(
         self,
         subject: Subject,
@@ -160,8 +162,7 @@ class SubjectTrainer(SFTTrainer):
     @contextmanager
     def _routing_unlearned(self) -> Iterator[None]:
         """Inside the block a mixture of experts learns nothing of where blank rows are sent."""
-        coefficient: float = self.router_aux_loss_coef
-        self.router_aux_loss_coef = 0.0
+        coefficient, self.router_aux_loss_coef = self.router_aux_loss_coef, 0.0
         try:
             yield
         finally:
