@@ -122,12 +122,12 @@ class SCLoRA(Method):
         self, layer: LayerWeights, stats: SiteStatistics, generator: torch.Generator
     ) -> AdapterInit:
         """B0 = S and A0 = Sᵀ W; counts how many directions earn a positive reward."""
-        augmented, moments = self._normalised(layer, stats)
-        beta = self._beta(augmented, moments)
+        augmented, sides = self._normalised(layer, stats)
+        beta = self._beta(augmented, sides)
         weights: dict[Role, float] = {"train": 1 - beta, "preserve": -beta}
-        sides = [(weights[role], moment) for role, moment in moments.items()]
-        contrast = sum((weight * moment for weight, moment in sides[1:]), sides[0][0] * sides[0][1])
-        scale = sum(abs(weight) * float(output_energy(augmented, m)) for weight, m in sides)
+        weighted = [weights[role] * side.moment_DD for role, side in sides.items()]
+        contrast = sum(weighted[1:], weighted[0])
+        scale = sum(abs(weights[role]) * side.energy for role, side in sides.items())
         found = contrast_basis(augmented, contrast, self.rank, scale=scale)
         with full_precision():
             a_RD, b_OR = found.basis_OR.T @ layer.weight_OD, found.basis_OR
@@ -147,14 +147,15 @@ class SCLoRA(Method):
             },
         )
 
-    def _beta(self, augmented: Tensor, moments: Mapping[Role, Tensor]) -> float:
+    def _beta(self, augmented: Tensor, sides: Mapping[Role, _Side]) -> float:
         if isinstance(self.beta, str):
-            return largest_beta(augmented, moments["train"], moments["preserve"], self.rank)
+            train, preserve = sides["train"].moment_DD, sides["preserve"].moment_DD
+            return largest_beta(augmented, train, preserve, self.rank)
         return float(self.beta)
 
     def _normalised(
         self, layer: LayerWeights, stats: SiteStatistics
-    ) -> tuple[Tensor, dict[Role, Tensor]]:
+    ) -> tuple[Tensor, dict[Role, _Side]]:
         """Weight and input moments with the bias appended, scaled by the normalisation rule."""
         augmented, found = layer.weight_OD, {}
         for role in sorted(self.needs, reverse=True):
@@ -162,12 +163,27 @@ class SCLoRA(Method):
             augmented, found[role] = self._scaled(layer, moment)
         return augmented, found
 
-    def _scaled(self, layer: LayerWeights, moment: SecondMoment) -> tuple[Tensor, Tensor]:
+    def _scaled(self, layer: LayerWeights, moment: SecondMoment) -> tuple[Tensor, _Side]:
         mean_DD, mean_D = moment.mean_DD().to(layer.weight_OD), moment.mean_D().to(layer.weight_OD)
         augmented, mean = augment_bias(layer.weight_OD, layer.bias_O, mean_DD, mean_D)
+        energy = output_energy(augmented, mean)
         if self.normalisation == "samples":
-            return augmented, mean * (moment.num_tokens / max(moment.num_samples, 1))
+            factor = moment.num_tokens / max(moment.num_samples, 1)
+            return augmented, _Side(mean * factor, float(energy) * factor)
         if self.normalisation == "trace":
-            energy = output_energy(augmented, mean)
-            return augmented, mean / energy.clamp_min(torch.finfo(mean.dtype).tiny)
-        return augmented, mean
+            unit = energy.clamp_min(torch.finfo(mean.dtype).tiny)
+            return augmented, _Side(mean / unit, float(energy / unit))
+        return augmented, _Side(mean, float(energy))
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """What a role's data put in.
+
+    Attributes:
+        moment_DD: Its scaled moment, with the bias appended where the layer has one.
+        energy: tr(W M Wᵀ) of that moment.
+    """
+
+    moment_DD: Tensor
+    energy: float
