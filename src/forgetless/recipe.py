@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ByteSize,
@@ -135,6 +136,17 @@ class TrainingRecipe(_Part):
         return (report_to,) if isinstance(report_to, str) else report_to
 
 
+def _without_nul(folder: Path) -> Path:
+    if "\0" in str(folder):
+        raise RecipeError(
+            f"output: expected the path of a folder, got {str(folder)!r}; no path holds the "
+            "character NUL"
+        )
+    return folder
+
+
+OutputFolder = Annotated[Path, AfterValidator(_without_nul)]
+
 # What a list of items may hold in YAML; the model validator below makes items of all of it.
 _Items = Annotated[
     list[EvaluationItem],
@@ -248,7 +260,7 @@ class Recipe(_Part):
     training: TrainingRecipe = TrainingRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
     seed: int = Field(default=0, ge=0)
-    output: Path
+    output: OutputFolder
     label: str | None = None
     claims: bool = True
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from forgetless.data.validation import shortened, validated
 from forgetless.errors import ForgetlessError, RecipeError
-from forgetless.recipe import give_options_a_place, override_tree
+from forgetless.recipe import OutputFolder, give_options_a_place, override_tree
 from forgetless.recipe_yaml import apply_override, quoting_hint, read_yaml, set_value
 
 Executor = Literal["local", "ray"]
@@ -61,7 +61,7 @@ class SweepSpec(_Part):
     fixed: dict[str, Any] = {}
     grid: dict[str, list[Any]] = {}
     runs: list[dict[str, Any]] = []
-    output: Path
+    output: OutputFolder
     executor: Executor = "local"
     processes: int = Field(default=1, ge=1)
     threads: int | None = Field(default=None, ge=1)
