@@ -7,6 +7,7 @@ call it, in the same order. With one process each is what a program without proc
 
 from __future__ import annotations
 
+import atexit
 import heapq
 import os
 import signal
@@ -204,6 +205,8 @@ def _leave_in_order_on_sigterm() -> None:
     in_main_thread = threading.current_thread() is threading.main_thread()
     if in_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _leave)
+        # Then there is nothing to take back, and an exit within an exit is a traceback.
+        atexit.register(signal.signal, signal.SIGTERM, signal.SIG_DFL)
 
 
 def _leave(*_: object) -> NoReturn:
