@@ -150,8 +150,9 @@ def _refined(moment_DD: Tensor, lower_DD: Tensor, found: _Ritz, rank: int) -> _R
     """
     values_R, vectors_DR = found.values_M[:rank], found.vectors_DM[:, :rank]
     residuals_DR = found.images_DM[:, :rank] - vectors_DR * values_R
-    residuals_DR = torch.nn.functional.normalize(residuals_DR, dim=0, eps=0)
-    steps_DR = _solve_with(lower_DD, residuals_DR.nan_to_num().to(lower_DD)).double()
+    tiny = torch.finfo(residuals_DR.dtype).tiny
+    residuals_DR = torch.nn.functional.normalize(residuals_DR, dim=0, eps=tiny)
+    steps_DR = _solve_with(lower_DD, residuals_DR.to(lower_DD)).double()
     kept_DM = found.vectors_DM[:, : 2 * rank]
     return _ritz(moment_DD, torch.cat([kept_DM, orthonormal_outside(steps_DR, kept_DM)], dim=1))
 
